@@ -1,0 +1,193 @@
+"""blocklib: virtual disk images as a Python library.
+
+``open()`` gives a `Disk`; a long verb (``convert``, ``commit``, ...) waits for a job of the same name in `blocklib.jobs`.
+Everything is found on first use, so that importing blocklib costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from blocklib.errors import (
+    BatchError,
+    BlocklibError,
+    ClosedError,
+    FormatMismatchError,
+    GraphConflictError,
+    ImageCorruptError,
+    ImageError,
+    ImageExistsError,
+    ImageLimitError,
+    ImageNotFoundError,
+    JobCancelled,
+    JobError,
+    JobStateError,
+    LocalProtocolError,
+    LockedError,
+    MissingExtraError,
+    NameNotFoundError,
+    NbdError,
+    OptionError,
+    OutOfRangeError,
+    PoisonedError,
+    PolicyError,
+    ReadOnlyError,
+    RemoteProtocolError,
+    RequestError,
+    StalePlanError,
+    StorageError,
+    UnsupportedFeatureError,
+    UsageError,
+)
+from blocklib.sizes import GiB, KiB, MiB, TiB, format_size, parse_size
+
+if TYPE_CHECKING:
+    from blocklib import jobs, policy
+    from blocklib.disk import Disk
+    from blocklib.diskfile import DiskFile
+    from blocklib.extents import EXTENT_DTYPE, RANGE_DTYPE, Extent
+    from blocklib.options import describe_options, parse_options
+    from blocklib.policy import Limits, Reference
+    from blocklib.reports import (
+        CheckReport,
+        CommitResult,
+        CompareResult,
+        ConvertResult,
+        Finding,
+        ImageInfo,
+        MeasureResult,
+        NodeInfo,
+        Progress,
+        RebaseResult,
+        RepairReport,
+        RepairStep,
+        SnapshotInfo,
+    )
+    from blocklib.creating import create
+    from blocklib.opening import info, open
+    from blocklib.verbs import check, commit, compare, convert, measure, rebase, repair
+
+_PLACES = {
+    "Disk": "disk",
+    "DiskFile": "diskfile",
+    "EXTENT_DTYPE": "extents",
+    "Extent": "extents",
+    "Limits": "policy",
+    "RANGE_DTYPE": "extents",
+    "Reference": "policy",
+    "describe_options": "options",
+    "create": "creating",
+    "info": "opening",
+    "jobs": "",
+    "open": "opening",
+    "parse_options": "options",
+    "policy": "",
+    **dict.fromkeys(
+        (
+            "CheckReport",
+            "CommitResult",
+            "CompareResult",
+            "ConvertResult",
+            "Finding",
+            "ImageInfo",
+            "MeasureResult",
+            "NodeInfo",
+            "Progress",
+            "RebaseResult",
+            "RepairReport",
+            "RepairStep",
+            "SnapshotInfo",
+        ),
+        "reports",
+    ),
+    **dict.fromkeys(
+        ("check", "commit", "compare", "convert", "measure", "rebase", "repair"), "verbs"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{place}"), name) if place else import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "BatchError",
+    "BlocklibError",
+    "CheckReport",
+    "ClosedError",
+    "CommitResult",
+    "CompareResult",
+    "ConvertResult",
+    "Disk",
+    "DiskFile",
+    "EXTENT_DTYPE",
+    "Extent",
+    "Finding",
+    "FormatMismatchError",
+    "GiB",
+    "GraphConflictError",
+    "ImageCorruptError",
+    "ImageError",
+    "ImageExistsError",
+    "ImageInfo",
+    "ImageLimitError",
+    "ImageNotFoundError",
+    "JobCancelled",
+    "JobError",
+    "JobStateError",
+    "KiB",
+    "Limits",
+    "LocalProtocolError",
+    "LockedError",
+    "MeasureResult",
+    "MiB",
+    "MissingExtraError",
+    "NameNotFoundError",
+    "NbdError",
+    "NodeInfo",
+    "OptionError",
+    "OutOfRangeError",
+    "PoisonedError",
+    "PolicyError",
+    "Progress",
+    "RANGE_DTYPE",
+    "ReadOnlyError",
+    "RebaseResult",
+    "Reference",
+    "RemoteProtocolError",
+    "RepairReport",
+    "RepairStep",
+    "RequestError",
+    "SnapshotInfo",
+    "StalePlanError",
+    "StorageError",
+    "TiB",
+    "UnsupportedFeatureError",
+    "UsageError",
+    "check",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "describe_options",
+    "format_size",
+    "info",
+    "jobs",
+    "measure",
+    "open",
+    "parse_options",
+    "parse_size",
+    "policy",
+    "rebase",
+    "repair",
+]

@@ -1,0 +1,73 @@
+"""Buffers: zeroes to write, tests for zero, and page-aligned memory for direct I/O."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+PIECE: Final = 1 << 20
+"""Bytes of one aligned buffer, and so the largest single direct transfer that needs copying."""
+
+_ZEROES: Final = bytes(PIECE)
+
+
+def zeroes(length: int) -> memoryview:
+    """At most `length` zero bytes, at least one, without allocating: callers loop over what is left."""
+    return memoryview(_ZEROES)[:length]
+
+
+def zero_fill(view: memoryview) -> None:
+    """Set every byte of a writable view to zero."""
+    length = len(view)
+    if length <= PIECE:
+        view[:] = _ZEROES if length == PIECE else bytes(length)
+        return
+    for start in range(0, length, PIECE):
+        part = view[start : start + PIECE]
+        part[:] = memoryview(_ZEROES)[: len(part)]
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether every byte is zero.  Looks at three bytes first, since most data is settled by them."""
+    length = len(view)
+    if length == 0:
+        return True
+    if view[0] or view[length - 1] or view[length >> 1]:
+        return False
+    # Comparing memoryviews goes byte by byte; comparing bytes is memcmp, and worth the copy.
+    for start in range(0, length, 65536):
+        part = bytes(view[start : start + 65536])
+        if part != _ZEROES[: len(part)]:
+            return False
+    return True
+
+
+def pieces_of(views: Sequence[memoryview | bytes | bytearray]) -> int:
+    """The number of bytes in all of `views`."""
+    return sum(len(view) for view in views)
+
+
+class AlignedPool:
+    """Page-aligned buffers of PIECE bytes, reused because making one costs a system call and page faults."""
+
+    __slots__ = ("_free", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return memoryview(mmap.mmap(-1, PIECE))
+
+    def give(self, buffer: memoryview) -> None:
+        with self._lock:
+            if len(self._free) < 16:
+                self._free.append(buffer)
+
+
+aligned_pool: Final = AlignedPool()

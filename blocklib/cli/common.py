@@ -1,0 +1,171 @@
+"""What commands share: opening images as qemu-img does, values of options, running jobs, and errors as one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+from blocklib.cli.getopt import Given, Option, UsageFailure
+from blocklib.cli.output import print_error
+from blocklib.cli.session import Failure, Session
+from blocklib.errors import BlocklibError, UsageError
+from blocklib.sizes import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from blocklib.cli.progress import Reporter
+    from blocklib.disk import Disk
+    from blocklib.jobs import Job
+    from blocklib.options import CacheMode, OptionValue
+
+R = TypeVar("R")
+
+CACHE_MODES: tuple[CacheMode, ...] = ("none", "writeback", "writethrough", "directsync", "unsafe")
+_POLL = 0.1
+"""Seconds between two looks at the progress of a job; its end is seen at once."""
+
+FORMAT = Option(("-f", "--format"), "FMT", "format of the image; without it, guessed from the first bytes")
+IMAGE_OPTS = Option(("--image-opts",), None, "file names are options (driver=...,file.filename=...), not names")
+OBJECT = Option(("--object",), "OBJECTDEF", "define an object that options name, such as secret,id=ID,data=TEXT")
+FORCE_SHARE = Option(("-U", "--force-share"), None, "read even if another program is writing the image")
+OUTPUT = Option(("--output",), "human|json", "print for people (default) or as JSON")
+SOURCE_CACHE = Option(("-T",), "CACHE", f"cache mode for images that are read: {', '.join(CACHE_MODES)}")
+TARGET_CACHE = Option(("-t",), "CACHE", f"cache mode for the image that is written: {', '.join(CACHE_MODES)}")
+QUIET = Option(("-q",), None, "print nothing but errors")
+
+
+# -- values of options ----------------------------------------------------------------------------------------------------
+
+
+def one_operand(given: Given) -> str:
+    """The one file name of a command that takes one."""
+    if len(given.operands) != 1:
+        raise UsageFailure("expects one file name")
+    return given.operands[0]
+
+
+def wants_json(given: Given) -> bool:
+    """Which of the two outputs is asked for."""
+    kind = given.last("--output") or "human"
+    if kind not in ("human", "json"):
+        raise Failure(f"--output takes 'human' or 'json', not '{kind}'")
+    return kind == "json"
+
+
+def size_value(text: str, what: str) -> int:
+    """A size in bytes, with qemu-img's suffixes."""
+    try:
+        return parse_size(text)
+    except UsageError as exc:
+        raise Failure(f"{what}: {exc}") from exc
+
+
+def cache_mode(given: Given, option: Literal["-t", "-T"], default: CacheMode, *, code: int = 1) -> CacheMode:
+    """The cache mode that `option` names; `off` is an old name of `none`.  An unknown one ends the command with `code`."""
+    text = given.last(option)
+    if text is None:
+        return default
+    for mode in CACHE_MODES:
+        if text == mode or (text == "off" and mode == "none"):
+            return mode
+    raise Failure(f"{option} {text}: no such cache mode; there are {', '.join(CACHE_MODES)}", code=code)
+
+
+def check_objects(given: Given) -> None:
+    """Check that every --object is a well-formed secret.  Nothing asks for secrets until images can be encrypted."""
+    for text in given.all("--object"):
+        kind, _, rest = text.partition(",")
+        properties = [part.partition("=") for part in rest.split(",")]
+        names = [name for name, equals, value in properties if equals and value]
+        if kind.removeprefix("qom-type=") != "secret":
+            raise Failure(f"--object {kind}: no such kind of object; there is 'secret'")
+        if "id" not in names or not {"data", "file"} & set(names):
+            raise Failure("--object secret: needs id=ID and data=TEXT or file=NAME")
+
+
+# -- opening images -------------------------------------------------------------------------------------------------------
+
+
+class Name(NamedTuple):
+    """An image as the command line names it."""
+
+    text: str
+    format: str | None
+    is_options: bool
+    """`text` is driver=...,file.filename=..., not a file name."""
+
+
+def name_of(given: Given, text: str, format_option: str = "-f", *, code: int = 1) -> Name:
+    """`text` with what the command line says about all its images.  A contradiction ends the command with `code`."""
+    stated = given.last(format_option)
+    if given.has("--image-opts") and stated is not None:
+        raise Failure(f"--image-opts and {format_option} exclude each other: the options say the driver", code=code)
+    return Name(text, stated, given.has("--image-opts"))
+
+
+def target_of(name: Name, *, untrusted: bool = False) -> str | Mapping[str, OptionValue]:
+    """What `blocklib.open` is to open for `name`.  Raises OptionError.
+
+    Names that begin with ``json:`` are options too, and ``file:`` may stand before any path; not so with `untrusted`, when
+    every name is taken as the library takes it.
+    """
+    from blocklib.options import parse_options
+
+    if name.is_options or (name.text.startswith("json:") and not untrusted):
+        return parse_options(name.text)
+    if not name.text:
+        raise Failure("a file name is empty")
+    return name.text if untrusted else name.text.removeprefix("file:")
+
+
+def open_image(
+    session: Session,
+    given: Given,
+    name: Name,
+    *,
+    write: bool = False,
+    cache: CacheMode = "writeback",
+    discard: Literal["ignore", "unmap"] = "ignore",
+) -> Disk:
+    """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference."""
+    from blocklib.opening import open_disk
+
+    untrusted = given.has("--untrusted")
+    disk = open_disk(
+        target_of(name, untrusted=untrusted),
+        "r+" if write else "r",
+        format=name.format,
+        references="deny" if untrusted else "allow",
+        guess_raw=not untrusted,
+        cache=cache,
+        discard=discard,
+        force_share=given.has("-U"),
+    )
+    if write and not name.is_options and name.format is None and disk.chain()[0].driver == "raw":
+        text = f"warning: {name.text} was taken for a raw image: writes that would make it look like another format fail"
+        print_error(session.program, f"{text} (-f raw says that it is one)")
+    return disk
+
+
+# -- jobs and errors ------------------------------------------------------------------------------------------------------
+
+
+def run_job(session: Session, job: Job[R], report: Reporter) -> R:
+    """The result of `job`, shown by `report` while it runs and cancelled when the user interrupts."""
+    with job, session.cancelling(job.cancel):
+        while True:
+            try:
+                return job.wait(timeout=_POLL)
+            except TimeoutError:
+                if job.status == "concluded":
+                    return job.wait()
+                report(job.progress)
+
+
+def explain(exc: BlocklibError) -> str:
+    """`exc` in one line that names the image concerned."""
+    node = exc.node
+    text = str(exc)
+    if node and not node.startswith("#") and node not in text:
+        text = f"{node}: {text}"
+    return "; ".join([text, *getattr(exc, "__notes__", ())])

@@ -1,0 +1,167 @@
+"""Where a run begins: which program are we called as, which command is wanted, and how does it end.
+
+Called through a link named ``qemu-img`` or ``qemu-io`` this is that program.  Commands are imported by name when they are
+called, so that ``info`` of a small image does not pay for the others.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from blocklib.cli.getopt import HELP, Given, Syntax, UsageFailure, help_text, parse
+from blocklib.cli.output import print_error
+from blocklib.cli.session import EXIT_INTERRUPTED, Failure, Interrupted, Session, run_in_worker
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Command(Protocol):
+        """What a command's module has."""
+
+        SYNTAX: Syntax
+        run: Callable[[Session, Given], int]
+
+
+COMMANDS = {
+    "check": "look for damage and leaked clusters, and repair them",
+    "commit": "write what an image holds into one below it",
+    "compare": "tell whether two images read the same",
+    "convert": "copy one or more images into a new one, of any format",
+    "create": "make a new image",
+    "dd": "copy a range of blocks between images",
+    "info": "show what an image says of itself",
+    "io": "read and write single ranges, in qemu-io's language",
+    "map": "show where every range of an image lives",
+    "measure": "tell how many bytes a new image needs",
+    "rebase": "change the image below an image",
+    "resize": "change the size of an image",
+}
+"""Every command, and what it does.  Each is the module of its name beside this one."""
+
+_COMMAND_OF_PROGRAM = {"qemu-io": "io"}
+"""Programs that are one command."""
+_QEMU_VERSION = "7.2.0"
+"""Whose options, output and exit codes are ours."""
+_EXIT_FAILED = 1
+_EXIT_BROKEN_PIPE = 141
+"""128 + SIGPIPE: what a shell reports of a program whose reader has gone."""
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the command line and return the exit code.  Without `arguments`: those of this process."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        _let_names_through()
+    session = Session(program or _program_name(sys.argv[0]))
+    try:
+        code = _dispatch(session, list(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    except KeyboardInterrupt:  # before or after the command's own work, where there is nothing to undo
+        return EXIT_INTERRUPTED
+    except Exception as exc:  # noqa: BLE001 - this is the edge: whatever went wrong becomes one line
+        return _report(session, exc)
+    return code
+
+
+def _program_name(path: str) -> str:
+    name = os.path.basename(path)
+    # `python -m blocklib` puts the module's file there.
+    return "blocklib" if name in ("__main__.py", "-c", "") else name
+
+
+def _let_names_through() -> None:
+    """Print file names that are no valid text as the bytes they are, instead of failing on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+
+
+def _dispatch(session: Session, arguments: list[str]) -> int:
+    if arguments[:1] in (["-V"], ["--version"]):
+        print(_version(session.program))
+        return 0
+    command = _COMMAND_OF_PROGRAM.get(session.program)
+    spelled = session.program
+    if command is None:
+        if not arguments:
+            raise UsageFailure(f"no command given (see '{spelled} --help')")
+        command = arguments.pop(0)
+        if command in HELP.names:
+            print(_overview(session.program))
+            return 0
+        if command not in COMMANDS:
+            kind = "option" if command.startswith("-") else "command"
+            raise UsageFailure(f"unknown {kind} '{command}' (see '{spelled} --help')")
+        spelled = f"{spelled} {command}"
+    module = _load(command)
+    try:
+        given = parse(module.SYNTAX, arguments)
+        session.debug = given.has("--debug")
+        if given.has(HELP.names[0]):
+            print(help_text(spelled, module.SYNTAX))
+            return 0
+        return run_in_worker(session, lambda: module.run(session, given))
+    except UsageFailure as exc:
+        raise UsageFailure(f"{exc} (see '{spelled} --help')") from exc
+
+
+def _load(command: str) -> Command:
+    from importlib import import_module
+
+    module: Command = import_module(f"blocklib.cli.{command}")
+    return module
+
+
+def _version(program: str) -> str:
+    from importlib.metadata import version
+
+    ours = f"blocklib {version('pyblocklib')}"
+    # Programs that call qemu-img look for its name and number at the beginning of this line.
+    return ours if program == "blocklib" else f"{program} version {_QEMU_VERSION} ({ours})"
+
+
+def _overview(program: str) -> str:
+    lines = [f"usage: {program} COMMAND [options] ...", "", "Work with virtual disk images.", "", "commands:"]
+    lines += [f"  {name:<10}  {about}" for name, about in COMMANDS.items()]
+    lines += ["", f"'{program} COMMAND --help' tells what a command accepts, '{program} --version' which version this is."]
+    return "\n".join(lines)
+
+
+def _report(session: Session, exc: Exception) -> int:
+    """Say in one line what went wrong, and give the exit code for it."""
+    from blocklib.cli.common import explain
+    from blocklib.errors import BlocklibError, JobCancelled
+
+    if session.debug:
+        from traceback import print_exception
+
+        print_exception(exc)
+    if session.interrupted and isinstance(exc, (Interrupted, JobCancelled)):
+        print_error(session.program, "interrupted")
+        return EXIT_INTERRUPTED
+    if isinstance(exc, (Failure, UsageFailure)):
+        text = str(exc)
+    elif isinstance(exc, BlocklibError):
+        text = explain(exc)
+    else:
+        about = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+        text = f"internal error: {about} (--debug shows where)"
+    print_error(session.program, text)
+    return exc.code if isinstance(exc, Failure) else _EXIT_FAILED
+
+
+def _leave_broken_pipe() -> int:
+    """Whoever read our output has gone: end in silence.
+
+    What is still buffered must go somewhere, or the interpreter would complain about it when it exits.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return _EXIT_BROKEN_PIPE

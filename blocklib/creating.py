@@ -1,0 +1,186 @@
+"""Making images: `blocklib.create`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from blocklib import drivers, graph
+from blocklib.errors import (
+    BlocklibError,
+    ImageExistsError,
+    OptionError,
+    StorageError,
+    UnsupportedFeatureError,
+    UsageError,
+)
+from blocklib.node import Node
+from blocklib.opening import image_info, open_disk
+from blocklib.options import OptionValue, check_options, nest
+from blocklib.policy import PlainPath, Target, resolve_backing_name
+from blocklib.reports import ImageInfo
+
+RAW_UNIT = 512
+"""The size of a disk is a multiple of this."""
+
+
+def create(
+    target: Target,
+    size: int | None = None,
+    *,
+    format: str,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    overwrite: bool = False,
+    options: Mapping[str, OptionValue] | None = None,
+) -> ImageInfo:
+    """Create an image of `size` bytes (rounded up to 512) and return its metadata; nothing stays open or locked.
+
+    `backing` is stored as given, relative to the image's folder; without `size` the new disk is as large as it.
+    `options` are the format's creation options in QEMU's names.  A file that exists is replaced only with `overwrite`; a
+    block device is written into.
+
+    Raises ImageExistsError, OptionError, UsageError, LockedError, StorageError; a file that this call made is removed.
+    """
+    path = _path_of(target)
+    typed = _creation_options(format, options or {}, size, backing, backing_format)
+    if typed["size"] is None:
+        if typed.get("backing_file") is None:
+            raise UsageError("a new image needs a size, or a backing file to take it from")
+        typed["size"] = _backing_size(path, typed["backing_file"], typed["backing_fmt"])
+    made = _claim(path, overwrite=overwrite)
+    try:
+        _fill(path, format, typed, empty_first=not made)
+    except BaseException:
+        if made:
+            os.unlink(path)
+        raise
+    return image_info(PlainPath(path), format=format)
+
+
+def _path_of(target: Target) -> str:
+    if isinstance(target, Mapping):
+        spec = nest(target)
+        inner = spec.get("file", spec)
+        filename = inner.get("filename") if isinstance(inner, Mapping) else None
+        if not isinstance(filename, str):
+            raise UsageError("only a file can be created: give a path")
+        return filename
+    if isinstance(target, str) and target.partition(":")[0] in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
+        raise UnsupportedFeatureError("NBD is not supported yet", features=("nbd",))
+    if not isinstance(target, (str, os.PathLike)):
+        raise UsageError(f"a target is a path, not {type(target).__name__}")
+    return os.fspath(target)
+
+
+def _creation_options(
+    format: str,
+    options: Mapping[str, OptionValue],
+    size: int | None,
+    backing: str | os.PathLike[str] | None,
+    backing_format: str | None,
+) -> dict[str, Any]:
+    if format not in drivers.FORMATS:
+        raise OptionError(
+            f"unknown format {format!r}; there are {', '.join(drivers.FORMATS)}", option="format", choices=drivers.FORMATS
+        )
+    given = dict(options)
+    keywords = {"size": size, "backing_file": os.fspath(backing) if backing is not None else None}
+    keywords["backing_fmt"] = backing_format
+    for name, value in keywords.items():
+        if value is None:
+            continue
+        if given.get(name) is not None:
+            raise OptionError(f"{name} is given twice", option=name, driver=format)
+        given[name] = value
+    if format == "raw" and given.get("backing_file") is not None:
+        raise OptionError("a raw image has no backing file", option="backing_file", driver="raw")
+    typed = check_options(format, given, table="create")
+    if typed["size"] is not None and typed["size"] < 0:
+        raise UsageError(f"a size of {typed['size']} bytes")
+    if typed.get("backing_file") is not None and typed.get("backing_fmt") is None:
+        raise UsageError("a backing file needs backing_format: guessing it is how a guest names a host file")
+    if typed.get("backing_fmt") is not None:
+        if typed.get("backing_file") is None:
+            raise UsageError("backing_format without a backing file")
+        drivers.check_name(typed["backing_fmt"])
+    return typed
+
+
+def _backing_size(path: str, name: str, format: str) -> int:
+    full_name = resolve_backing_name(path, name)
+    with open_disk(PlainPath(full_name), format=format, backing=None) as disk:
+        return disk.size
+
+
+def _claim(path: str, *, overwrite: bool) -> bool:
+    """Make the file if there is none; True if this call made it.  Raises ImageExistsError, StorageError."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError as exc:
+        import stat
+
+        if overwrite or stat.S_ISBLK(os.stat(path).st_mode):
+            return False
+        raise ImageExistsError.wrap(exc, "create", filename=path) from exc
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, ValueError):
+            raise UsageError(f"{path!r} is no file name: {exc}") from exc
+        raise StorageError.wrap(exc, "create", filename=path) from exc
+    return True
+
+
+def _fill(path: str, format: str, typed: Mapping[str, Any], *, empty_first: bool) -> None:
+    header = None
+    if format == "qcow2":
+        from blocklib.formats.qcow2.create import header_for
+
+        header = header_for(typed["size"], typed)  # refuses what makes no sense before the file is touched
+    with _OpenFile(path) as root:
+        file = root.edge
+        if empty_first and not file.node.is_device:
+            file.truncate(0)
+        if header is None:
+            file.truncate(-(-typed["size"] // RAW_UNIT) * RAW_UNIT, typed["preallocation"])
+            file.flush()
+        else:
+            from blocklib.formats.qcow2.create import write_empty_image
+
+            write_empty_image(file, header)
+    if header is not None and typed["preallocation"] != "off":
+        _preallocate(path, typed)
+
+
+class _OpenFile:
+    """A plain file as an edge of our own, for as long as the block lasts; nobody else may write it meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> _OpenFile:
+        options = check_options("file", {"filename": self._path})
+        node: Node = drivers.load("file").from_options(options, read_only=False)
+        node.load()
+        wanted = graph.CONSISTENT_READ | graph.WRITE | graph.RESIZE
+        try:
+            with graph.Transaction() as change:
+                self.edge = change.attach(None, "create", node, wanted=wanted, shared=graph.CONSISTENT_READ)
+        except BlocklibError:
+            graph.close_tree(node, abandon=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with graph.Transaction() as change:
+            change.detach(self.edge)
+
+
+def _preallocate(path: str, typed: Mapping[str, Any]) -> None:
+    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.formats.qcow2.resize import preallocate
+
+    with open_disk(PlainPath(path), "r+", format="qcow2") as disk:
+        node = disk.node
+        assert isinstance(node, Qcow2Node)
+        preallocate(node, 0, node.size, typed["preallocation"])

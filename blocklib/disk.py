@@ -1,0 +1,352 @@
+"""Disk: the front door that users, jobs and exports hold.
+
+It checks bounds and permissions, counts requests so that the graph can be drained, and is safe from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from blocklib import graph, plan, status
+from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.policy import References, resolve_backing_name
+from blocklib.reports import ImageInfo, NodeInfo
+from blocklib.requests import CLOSED, FORKED, RequestTracker
+from blocklib.sizes import format_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from blocklib.diskfile import DiskFile
+    from blocklib.extents import Extent, ExtentTable
+    from blocklib.node import Node, Preallocation
+
+_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
+
+
+class Disk:
+    """An open virtual disk: one chain of images, at any offset and length in bytes, from any thread.
+
+    Made by `blocklib.open`.  Every method raises ClosedError after `close` or in a forked child, StorageError when the host
+    fails, ImageError when the image makes no sense, PoisonedError after a torn metadata change.
+    """
+
+    def __init__(
+        self, node: Node, mode: Literal["r", "r+"], *, writethrough: bool = False, references: References = "deny"
+    ) -> None:
+        self._tracker = RequestTracker()
+        self._mode: Literal["r", "r+"] = mode
+        self._writable = mode == "r+"
+        self._writethrough = writethrough
+        self._references = references
+        self._opened_at = _caller()
+        self._root: graph.Edge | None = None
+        wanted = graph.CONSISTENT_READ | (graph.WRITE | graph.RESIZE if self._writable else 0)
+        with graph.Transaction() as change:
+            self._root = change.attach(None, "root", node, wanted=wanted, shared=graph.ALL, tracker=self._tracker)
+        _disks.add(self)
+
+    # -- the graph ----------------------------------------------------------------------------------------------------
+
+    @property
+    def node(self) -> Node:
+        """The top node of the graph."""
+        if self._root is None:
+            raise ClosedError("the disk is closed")
+        return self._root.node
+
+    @property
+    def mode(self) -> Literal["r", "r+"]:
+        return self._mode
+
+    @property
+    def closed(self) -> bool:
+        return self._root is None
+
+    @property
+    def size(self) -> int:
+        """The virtual size in bytes."""
+        return self.node.size
+
+    def chain(self) -> tuple[NodeInfo, ...]:
+        """The images from the top down to the last backing file."""
+        return tuple(
+            NodeInfo(node.name, node.driver, node.filename, node.size, node.read_only) for node in graph.chain(self.node)
+        )
+
+    def info(self) -> ImageInfo:
+        """The top image's metadata."""
+        node = self.node
+        named = next((item for item in node.references() if item.kind == "backing"), None)
+        filename = node.filename or node.name
+        return ImageInfo(
+            filename=filename,
+            format=node.driver,
+            virtual_size=node.size,
+            actual_size=node.allocated_size(),
+            cluster_size=node.cluster_size(),
+            backing_filename=named.name if named is not None else None,
+            full_backing_filename=resolve_backing_name(filename, named.name) if named is not None else None,
+            backing_format=named.format if named is not None else None,
+            format_specific=node.format_specific(),
+            **node.info_facts(),
+        )
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from guest `offset`.  Raises OutOfRangeError for a range outside the disk."""
+        if length < 0:
+            raise OutOfRangeError(f"a length of {length} bytes")
+        buffer = bytearray(length)
+        self.readinto(offset, buffer)
+        return bytes(buffer)
+
+    def readinto(self, offset: int, buffer: Buffer) -> None:
+        """Fill the whole writable `buffer` from guest `offset`."""
+        view = _bytes_view(buffer)
+        if view.readonly:
+            raise UsageError("readinto needs a writable buffer")
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked(offset, len(view))
+            plan.read(node, offset, view)
+        finally:
+            tracker.leave()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write all of `data` at guest `offset`; with `fua` it is durable on return.
+
+        Raises ReadOnlyError, OutOfRangeError.
+        """
+        view = _bytes_view(data)
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_for_write(offset, len(view))
+            if len(view):
+                plan.write(node, offset, view)
+            if fua or self._writethrough:
+                node.flush()
+        finally:
+            tracker.leave()
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make `length` bytes from guest `offset` read as zero; with `unmap` their space may be given back."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_for_write(offset, length)
+            plan.write_zeroes(node, offset, length, unmap=unmap and node.discard_passes)
+            if self._writethrough:
+                node.flush()
+        finally:
+            tracker.leave()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Say that the range is no longer needed.  A hint: it does nothing unless the disk was opened with
+        ``discard="unmap"``, and then only to whole clusters, which read as zero afterwards where the format can say so."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_for_write(offset, length)
+            plan.discard(node, offset, length)
+            if self._writethrough:
+                node.flush()
+        finally:
+            tracker.leave()
+
+    def flush(self) -> None:
+        """Make every write that has returned durable."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            self.node.flush()
+        finally:
+            tracker.leave()
+
+    def truncate(self, size: int, *, shrink: bool = False, preallocation: Preallocation = "off") -> None:
+        """Change the virtual size to `size` bytes; new bytes read as zero.  Shrinking loses data and needs ``shrink=True``."""
+        if size < 0:
+            raise OutOfRangeError(f"a size of {size} bytes")
+        with graph.drained(self.node):
+            node = self._checked_for_write(0, 0)
+            if size < node.size and not shrink:
+                raise UsageError(f"{size} bytes is less than the {node.size} there are: shrinking needs shrink=True")
+            plan.truncate(node, size, preallocation)
+            if self._writethrough:
+                node.flush()
+
+    # -- where the data is --------------------------------------------------------------------------------------------
+
+    def extents(self, offset: int = 0, length: int | None = None, *, base: NodeInfo | None = None) -> Iterator[Extent]:
+        """The extents of a range (by default the whole disk): lazy, ascending, contiguous, coalesced, clipped.
+
+        With `base`, of `chain()`, only what the images above it hold.
+        """
+        node, length, below = self._range(offset, length, base)
+        iterator = status.extents(node, offset, length, below)
+        tracker = self._tracker
+        while True:
+            tracker.enter()
+            try:
+                extent = next(iterator, None)
+            finally:
+                tracker.leave()
+            if extent is None:
+                return
+            yield extent
+
+    def map(self, offset: int = 0, length: int | None = None, *, base: NodeInfo | None = None) -> ExtentTable:
+        """The same as a numpy array, one row of `blocklib.EXTENT_DTYPE` an extent; host_offset is -1 where there is none."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node, length, below = self._range(offset, length, base)
+            return status.extent_table(node, offset, length, below)
+        finally:
+            tracker.leave()
+
+    def as_file(self, offset: int = 0, length: int | None = None) -> DiskFile:
+        """A raw binary file over the disk, or over a window of it; positions are the window's.
+
+        Closing it leaves the disk open.  Each one has its own position; it is not shared between threads.
+        """
+        from blocklib.diskfile import DiskFile
+
+        _node, length, _below = self._range(offset, length, None)
+        return DiskFile(self, offset, length, writable=self._writable)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for requests in flight, make everything durable, close every file.  Later calls do nothing.
+
+        Raises what went wrong; the files are closed all the same.
+        """
+        root = self._root
+        if root is None:
+            return
+        if self._tracker.flags & FORKED:
+            self._root = None
+            return
+        with graph.drained(root.node):
+            self._tracker.refuse(CLOSED)
+            self._root = None
+        with graph.Transaction() as change:
+            change.detach(root)
+
+    def abandon(self) -> None:
+        """Close without writing: what was not flushed is lost, what is on disk is valid."""
+        root = self._root
+        if root is None:
+            return
+        self._tracker.refuse(CLOSED)
+        self._root = None
+        root.node.parents.remove(root)
+        if not root.node.parents:
+            graph.close_tree(root.node, abandon=True)
+
+    def __enter__(self) -> Self:
+        if self._root is None:
+            raise ClosedError("the disk is closed")
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except BlocklibError as failure:
+            if exc is None:
+                raise
+            exc.add_note(f"closing the disk failed as well: {failure}")
+
+    def __del__(self) -> None:
+        if getattr(self, "_root", None) is None or self._tracker.flags & FORKED:
+            return
+        warnings.warn(
+            f"a disk opened at {self._opened_at} was not closed; what it had not flushed is lost",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+        self.abandon()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Disk cannot be pickled: open it again in the worker")
+
+    def __repr__(self) -> str:
+        if self._root is None:
+            return "<Disk closed>"
+        images = [
+            f"{os.path.basename(node.filename) if node.filename else node.name} ({node.driver})"
+            for node in graph.chain(self._root.node)
+        ]
+        return f"<Disk {self._mode} {format_size(self._root.node.size)}: {' -> '.join(images)}>"
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _checked(self, offset: int, length: int) -> Node:
+        root = self._root
+        if root is None:
+            raise ClosedError("the disk is closed")
+        node = root.node
+        if offset < 0 or length < 0 or offset + length > node.size:
+            raise OutOfRangeError(
+                f"{node.filename or node.name}: {length} bytes at {offset} reach outside the disk of {node.size} bytes",
+                node=node.name,
+            )
+        return node
+
+    def _checked_for_write(self, offset: int, length: int) -> Node:
+        node = self._checked(offset, length)
+        if not self._writable:
+            raise ReadOnlyError(f"{node.filename or node.name}: opened for reading; mode 'r+' writes", node=node.name)
+        return node
+
+    def _range(self, offset: int, length: int | None, base: NodeInfo | None) -> tuple[Node, int, Node | None]:
+        if length is None:
+            length = max(0, self.size - offset)
+        node = self._checked(offset, length)
+        if base is None:
+            return node, length, None
+        for below in graph.chain(node):
+            if below.name == base.name:
+                return node, length, below
+        raise UsageError(f"{base.filename or base.name} is not in the chain of this disk")
+
+
+def _bytes_view(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    if view.format == "B" and view.ndim == 1 and view.contiguous:
+        return view
+    if not view.c_contiguous:
+        raise UsageError("a buffer must be contiguous")
+    return view.cast("B")
+
+
+def _caller() -> str:
+    """Where the code outside blocklib is that opens a disk, for a warning."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "blocklib":
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _refuse_all_after_fork() -> None:
+    for disk in list(_disks):
+        disk._tracker.refuse_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_refuse_all_after_fork)

@@ -1,0 +1,50 @@
+"""The table of drivers by name: a driver that nobody opens is never imported.
+
+On the ground floor: nothing here may import a driver when it is itself imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from blocklib.errors import OptionError
+
+if TYPE_CHECKING:
+    from blocklib.node import Node
+
+_FORMATS = {
+    "qcow2": "blocklib.formats.qcow2.node:Qcow2Node",
+    "raw": "blocklib.formats.raw:RawNode",
+}
+_PROTOCOLS = {
+    "file": "blocklib.protocols.file:FileNode",
+    "host_device": "blocklib.protocols.file:FileNode",
+    "memory": "blocklib.protocols.memory:MemoryNode",
+    "null-co": "blocklib.protocols.null:NullNode",
+}
+_PLACES = _FORMATS | _PROTOCOLS
+
+FORMATS = tuple(sorted(_FORMATS))
+"""Drivers that interpret the bytes of another node, by name."""
+PROTOCOLS = tuple(sorted(_PROTOCOLS))
+"""Drivers that fetch bytes, by name."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all drivers, sorted."""
+    return tuple(sorted(_PLACES))
+
+
+def check_name(name: str) -> None:
+    """Raises OptionError, with the names there are as its choices, for a driver that is not in the table."""
+    if name not in _PLACES:
+        known = ", ".join(names())
+        raise OptionError(f"unknown driver {name!r}; there are {known}", option="driver", choices=names())
+
+
+def load(name: str) -> type[Node]:
+    """The class of a driver; its module is imported at the first call.  Raises OptionError for an unknown name."""
+    check_name(name)
+    module, _, attribute = _PLACES[name].partition(":")
+    return cast("type[Node]", getattr(import_module(module), attribute))

@@ -1,0 +1,186 @@
+"""The write-back cache of equal-sized tables: L2 slices and refcount blocks.
+
+Entries are keyed by host offset.  All methods but `load` are memory only and run under the image's lock (`peek` may run
+without: a table object stays valid after it was evicted, it is merely no longer the one that changes go to).  Nothing is
+written here: `take_dirty` hands the changed ranges to the flush, which knows the order that survives a crash.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
+
+if TYPE_CHECKING:
+    from blocklib.graph import Edge
+
+
+class MissingTableError(Exception):
+    """A table is needed that is not in the cache: load it without the lock, then start again.  Never leaves the driver."""
+
+    def __init__(self, cache: TableCache, host_offset: int) -> None:
+        super().__init__(host_offset)
+        self.cache = cache
+        self.host_offset = host_offset
+
+
+class DirtyRange(NamedTuple):
+    """A copy of changed entries: where they belong, their bytes, and the entry indices they came from."""
+
+    table_offset: int
+    first: int
+    data: bytes
+    itemsize: int
+
+    @property
+    def host_offset(self) -> int:
+        return self.table_offset + self.first * self.itemsize
+
+
+class _Entry:
+    __slots__ = ("busy", "first", "stop", "table", "used")
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.first = len(table)  # entries [first, stop) are dirty
+        self.stop = 0
+        self.busy = False  # a copy of it is on its way to the file: not to be dropped and read back
+        self.used = True
+
+
+class TableCache:
+    """At most about `capacity` bytes of tables of `length` bytes each, more only while they are dirty."""
+
+    def __init__(self, file: Edge, typecode: str, length: int, capacity: int) -> None:
+        self._file = file
+        self.typecode = typecode
+        self.length = length
+        self.max_entries = max(2, capacity // length)
+        self._entries: dict[int, _Entry] = {}
+        self._dirty = 0
+        self._loading: dict[int, threading.Event] = {}
+        self._loading_lock = threading.Lock()  # guards: _loading
+
+    def peek(self, host_offset: int) -> Table | None:
+        entry = self._entries.get(host_offset)
+        if entry is None:
+            return None
+        entry.used = True
+        return entry.table
+
+    def need(self, host_offset: int) -> Table:
+        """The table, which must be there: raises MissingTableError where it is not."""
+        entry = self._entries.get(host_offset)
+        if entry is None:
+            raise MissingTableError(self, host_offset)
+        entry.used = True
+        return entry.table
+
+    def load(self, host_offset: int, lock: threading.Lock) -> Table:
+        """Bring a table in; of several threads that ask for one, one reads and the others wait.  Call without `lock`."""
+        while True:
+            with self._loading_lock:
+                event = self._loading.get(host_offset)
+                if event is None:
+                    event = self._loading[host_offset] = threading.Event()
+                    break
+            event.wait()
+            table = self.peek(host_offset)
+            if table is not None:
+                return table
+        try:
+            read = read_table(self._file, self.typecode, host_offset, self.length)
+            with lock:
+                table = self.peek(host_offset)  # the place may have been given to a new table meanwhile
+                if table is None:
+                    self.insert(host_offset, read)
+                    table = read
+                return table
+        finally:
+            with self._loading_lock:
+                del self._loading[host_offset]
+            event.set()
+
+    def insert(self, host_offset: int, table: Table, *, dirty: bool = False) -> None:
+        """Add a table that was read (clean) or made (dirty)."""
+        self.drop(host_offset)
+        self._entries[host_offset] = entry = _Entry(table)
+        if dirty:
+            entry.first, entry.stop = 0, len(table)
+            self._dirty += 1
+        if len(self._entries) > self.max_entries:
+            self._evict()
+
+    def mark_dirty(self, host_offset: int, first: int, stop: int) -> None:
+        """Entries [first, stop) of a cached table were changed."""
+        entry = self._entries[host_offset]
+        if entry.stop <= entry.first:
+            self._dirty += 1
+        entry.first = min(entry.first, first)
+        entry.stop = max(entry.stop, stop)
+
+    def drop(self, host_offset: int) -> None:
+        """Forget a table whose cluster was freed; its changes must never reach the file."""
+        entry = self._entries.pop(host_offset, None)
+        if entry is not None and entry.first < entry.stop:
+            self._dirty -= 1
+
+    @property
+    def dirty(self) -> bool:
+        return self._dirty > 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether dirty tables fill most of the cache: time to write back."""
+        return self._dirty * 4 > self.max_entries * 3
+
+    def take_dirty(self) -> list[DirtyRange]:
+        """Copy every changed range and call the tables clean; give the list to `written` or `put_back` afterwards."""
+        ranges = []
+        for host_offset, entry in self._entries.items():
+            if entry.first < entry.stop:
+                data = table_to_bytes(entry.table[entry.first : entry.stop])
+                ranges.append(DirtyRange(host_offset, entry.first, data, entry.table.itemsize))
+                entry.first, entry.stop = len(entry.table), 0
+                entry.busy = True
+        self._dirty = 0
+        return ranges
+
+    def written(self, ranges: list[DirtyRange]) -> None:
+        """The copies have reached the file."""
+        for dirty in ranges:
+            entry = self._entries.get(dirty.table_offset)
+            if entry is not None:
+                entry.busy = False
+        if len(self._entries) > self.max_entries:
+            self._evict()
+
+    def put_back(self, ranges: list[DirtyRange]) -> None:
+        """The copies may not have reached the file: their ranges are dirty again."""
+        for dirty in ranges:
+            entry = self._entries.get(dirty.table_offset)
+            if entry is not None:
+                entry.busy = False
+                self.mark_dirty(dirty.table_offset, dirty.first, dirty.first + len(dirty.data) // dirty.itemsize)
+
+    def clear(self) -> None:
+        """Forget everything, written or not."""
+        self._entries.clear()
+        self._dirty = 0
+
+    def _evict(self) -> None:
+        """Drop clean tables that were not used since the last look, oldest first."""
+        surplus = len(self._entries) - self.max_entries
+        for host_offset in list(self._entries):
+            if surplus <= 0:
+                return
+            entry = self._entries[host_offset]
+            if entry.busy or entry.first < entry.stop:
+                continue
+            if entry.used:
+                entry.used = False
+                self._entries[host_offset] = self._entries.pop(host_offset)  # to the young end
+            else:
+                del self._entries[host_offset]
+                surplus -= 1

@@ -1,0 +1,193 @@
+"""Walking the L2 tables of an image for a check, a batch of tables at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.check_counts import BoolArray, IndexArray, U64Array, compressed_ranges, count_fragments
+from blocklib.formats.qcow2.check_stored import read_bytes
+from blocklib.reports import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blocklib.formats.qcow2.check_scan import Scan
+    from blocklib.formats.qcow2.check_stored import ImageFile
+
+_BATCH_BYTES: Final = 2 << 20
+"""L2 tables treated at a time: large enough for numpy, small enough for the processor's cache."""
+
+
+def describe_flag(copied: bool) -> str:
+    return "copied flag set" if copied else "copied flag clear"
+
+
+def read_l2_tables(file: ImageFile, offsets: U64Array, cluster_size: int) -> U64Array:
+    """The entries of the tables at `offsets` (ascending), one table after the other; adjacent ones are read at once."""
+    raw = np.empty(offsets.size * cluster_size, dtype=np.uint8)
+    view = memoryview(raw)
+    breaks = (np.flatnonzero(np.diff(offsets) != np.uint64(cluster_size)) + 1).tolist()
+    for first, stop in zip([0, *breaks], [*breaks, offsets.size]):
+        file.read(int(offsets[first]), view[first * cluster_size : stop * cluster_size])
+    return raw.view(">u8").astype(np.uint64)
+
+
+class Batch:
+    """Some L2 tables as one flat array of entries, in the order of `offsets`, and how many L1 entries use each."""
+
+    __slots__ = ("active_uses", "entries", "offsets", "row_bits", "uses")
+
+    def __init__(
+        self, offsets: U64Array, uses: U64Array, active_uses: U64Array, entries: U64Array, row_bits: int
+    ) -> None:
+        self.offsets = offsets
+        self.uses = None if (uses == 1).all() else uses
+        """None where every table is used once, as nearly always."""
+        self.active_uses = None if (active_uses == 1).all() else active_uses
+        self.entries = entries
+        self.row_bits = row_bits
+
+    def weights(self, places: IndexArray) -> U64Array | None:
+        """How many tables lead to each of these entries; None where one does to every one."""
+        return None if self.uses is None else self.uses[places >> self.row_bits]
+
+    def times(self, places: IndexArray) -> int:
+        """How often these entries count."""
+        return places.size if self.uses is None else int(self.uses[places >> self.row_bits].sum())
+
+    def active_times(self, places: IndexArray) -> int:
+        """The same, reached from the active L1 table only."""
+        return places.size if self.active_uses is None else int(self.active_uses[places >> self.row_bits].sum())
+
+    def host_offset(self, place: int) -> int:
+        """Where the entry is in the file."""
+        row, column = place >> self.row_bits, place & ((1 << self.row_bits) - 1)
+        return int(self.offsets[row]) + column * layout.L2_ENTRY_LENGTH
+
+
+class L2Walk:
+    """Counts what the entries refer to, judges them, and takes the statistics of the active ones.
+
+    The references and the findings go to the scan; `allocated`, `compressed` and `fragmented` count guest clusters.
+    """
+
+    def __init__(self, scan: Scan, progress: Callable[[int, int], object] | None) -> None:
+        self._scan = scan
+        self._geometry = scan.geometry
+        self._progress = progress
+        self.allocated = 0
+        self.compressed = 0
+        self.fragmented = 0
+        self.tables: U64Array = np.empty(0, dtype=np.uint64)
+        """Host offsets of the L2 tables that the active L1 table uses, ascending."""
+
+    def run(self, offsets: U64Array, uses: U64Array, active_uses: U64Array) -> None:
+        """Walk the tables at `offsets`: distinct, ascending, inside the file."""
+        scan, geometry = self._scan, self._geometry
+        aligned = (offsets & np.uint64(geometry.cluster_mask)) == 0
+        scan.set_role("L2 table", offsets[aligned] >> np.uint64(geometry.cluster_bits), uses[aligned])
+        self.tables = offsets[active_uses > 0]
+        if offsets.size > scan.n_clusters:  # only unaligned ones, which overlap, can be so many
+            found = f"{offsets.size} of them"
+            scan.findings.add("check-error", "L2 tables", None, f"at most {scan.n_clusters} L2 tables", found)
+            offsets = offsets[: scan.n_clusters]
+        per_batch = max(1, _BATCH_BYTES >> geometry.cluster_bits)
+        for start in range(0, offsets.size, per_batch):
+            part = slice(start, start + per_batch)
+            entries = read_l2_tables(scan.file, offsets[part], geometry.cluster_size)
+            self._walk(Batch(offsets[part], uses[part], active_uses[part], entries, geometry.l2_bits))
+            if self._progress is not None:
+                done = min(start + per_batch, offsets.size)
+                self._progress(done << geometry.cluster_bits, offsets.size << geometry.cluster_bits)
+
+    def _walk(self, batch: Batch) -> None:
+        entries = batch.entries
+        compressed = (entries & np.uint64(layout.FLAG_COMPRESSED)) != 0
+        standard_offsets = entries & np.uint64(layout.OFFSET_MASK)
+        allocated = standard_offsets != 0
+        reserved = (entries & np.uint64(layout.L2_RESERVED_MASK)) != 0
+        if compressed.any():
+            allocated &= ~compressed
+            reserved &= ~compressed
+            self._walk_compressed(batch, np.flatnonzero(compressed))
+        if reserved.any():
+            self._tell(batch, np.flatnonzero(reserved), "reserved bits clear")
+        places = np.flatnonzero(allocated)
+        if places.size:
+            self._walk_standard(batch, places, standard_offsets[places])
+
+    def _walk_standard(self, batch: Batch, places: IndexArray, offsets: U64Array) -> None:
+        scan, geometry = self._scan, self._geometry
+        self.allocated += batch.active_times(places)
+        fragments = count_fragments(offsets, places >> geometry.l2_bits, geometry.cluster_size)
+        self.fragmented += batch.active_times(places[fragments])
+        self._check_flags(batch, places, offsets)
+        unaligned = (offsets & np.uint64(geometry.cluster_mask)) != 0
+        if unaligned.any():
+            self._tell(batch, places[unaligned], "a cluster aligned host offset")
+        beyond = scan.beyond(offsets)
+        if beyond.any():
+            self._tell(batch, places[beyond], f"a cluster inside the file of {scan.file_size} bytes")
+            places, offsets, unaligned = places[~beyond], offsets[~beyond], unaligned[~beyond]
+        clusters = (offsets >> np.uint64(geometry.cluster_bits)).astype(np.intp)
+        scan.add(clusters, batch.weights(places))
+        if unaligned.any():
+            scan.add(clusters[unaligned] + 1, batch.weights(places[unaligned]))
+
+    def _walk_compressed(self, batch: Batch, places: IndexArray) -> None:
+        scan, bits = self._scan, np.uint64(self._geometry.cluster_bits)
+        n_active = batch.active_times(places)
+        self.allocated += n_active
+        self.compressed += n_active
+        self.fragmented += n_active  # they lie across cluster boundaries by nature
+        entries = batch.entries[places]
+        copied = (entries & np.uint64(layout.FLAG_COPIED)) != 0
+        if copied.any():
+            self._tell(batch, places[copied], describe_flag(False) + " for a compressed cluster")
+        offsets, lengths = compressed_ranges(entries, self._geometry.compressed_offset_bits)
+        ends = offsets + lengths
+        beyond = ends >= np.uint64(scan.file_size + self._geometry.cluster_size)
+        if beyond.any():
+            self._tell(batch, places[beyond], f"compressed data inside the file of {scan.file_size} bytes")
+            places, offsets, ends = places[~beyond], offsets[~beyond], ends[~beyond]
+        clusters = (offsets >> bits).astype(np.intp)
+        last = ((ends - np.uint64(1)) >> bits).astype(np.intp)
+        while clusters.size:  # three rounds at most: the length field has room for two clusters
+            scan.add(clusters, batch.weights(places))
+            more = clusters < last
+            places, clusters, last = places[more], clusters[more] + 1, last[more]
+
+    def _check_flags(self, batch: Batch, places: IndexArray, offsets: U64Array) -> None:
+        """'1 for standard clusters whose refcount is exactly one', accurate only below the active L1 table."""
+        stored = self._scan.stored
+        copied = (batch.entries[places] & np.uint64(layout.FLAG_COPIED)) != 0
+        wrong = copied != stored.are_one(offsets)
+        if stored.any_unknown:
+            wrong &= stored.are_known(offsets)
+        if not batch.offsets[0]:  # reached through an L1 entry without offset: no table, whatever it counts
+            wrong &= places >= self._geometry.l2_entries
+        if not wrong.any():
+            return
+        wrong_places = places[wrong]
+        times = batch.active_times(wrong_places)
+        if batch.active_uses is not None:
+            wrong_places = wrong_places[batch.active_uses[wrong_places >> batch.row_bits] > 0]
+
+        def describe(place: int) -> Finding:
+            entry = int(batch.entries[place])
+            expected = describe_flag(not entry & layout.FLAG_COPIED)
+            return Finding("corruption", "L2 entry", batch.host_offset(place), expected, f"{entry:#x}")
+
+        self._scan.findings.add_each("corruption", wrong_places, describe, times=times, repairable=True)
+
+    def _tell(self, batch: Batch, places: IndexArray, expected: str) -> None:
+        self._scan.references_lost = True
+
+        def describe(place: int) -> Finding:
+            found = f"{int(batch.entries[place]):#x}"
+            return Finding("corruption", "L2 entry", batch.host_offset(place), expected, found, False)
+
+        self._scan.findings.add_each("corruption", places, describe, times=batch.times(places))

@@ -1,0 +1,345 @@
+"""One pass over all metadata of an image: who refers to which host cluster, and what is wrong with the references.
+
+Python is spent per table, numpy on their entries.  Every distinct L2 table is read once however often it is used, in the
+order of the file; its findings then count as often as tables lead to it.  What is counted, and how often, follows
+``qemu-img check`` (found by damaging images and comparing).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from blocklib.errors import ImageLimitError
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.check_counts import (
+    BoolArray,
+    CountArray,
+    IndexArray,
+    U64Array,
+    add_references,
+    merge_weights,
+)
+from blocklib.formats.qcow2.check_l2 import L2Walk, describe_flag
+from blocklib.formats.qcow2.check_snapshots import load_snapshot_tables
+from blocklib.formats.qcow2.check_stored import ImageFile, StoredRefcounts, read_entries
+from blocklib.reports import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blocklib.formats.qcow2.check_findings import Findings, Kind
+    from blocklib.formats.qcow2.geometry import Geometry
+    from blocklib.formats.qcow2.header import Header
+
+_MAX_WEIGHT: Final = 1 << 31
+"""More users of one table than this are not told apart: it keeps every sum exact."""
+_PENDING: Final = 1 << 22
+"""L1 entries that are collected before equal ones are merged."""
+_SLICE: Final = 1 << 20
+"""Clusters compared at a time."""
+
+
+class Scan:
+    """Counts references while it runs; afterwards holds what a report and a repair need.
+
+    Host clusters are numbered from the start of the file.  `n_clusters` of them lie in the file, the last one perhaps
+    in part; a structure may reach up to one cluster past the end of the file, so the arrays have one element more.
+    """
+
+    def __init__(
+        self,
+        file: ImageFile,
+        header: Header,
+        geometry: Geometry,
+        findings: Findings,
+        progress: Callable[[int, int], object] | None,
+    ) -> None:
+        self.file = file
+        self.header = header
+        self.geometry = geometry
+        self.findings = findings
+        self.file_size = file.size
+        self.n_clusters = geometry.clusters_for(self.file_size)
+        try:
+            self.stored = StoredRefcounts(file, header, geometry, self.n_clusters + 1)
+            self.counts: CountArray = np.zeros(self.n_clusters + 1, dtype=np.uint32)
+        except MemoryError as exc:
+            raise ImageLimitError(
+                f"counting the {self.n_clusters} clusters of the file takes more memory than there is",
+                structure="image file",
+                found=f"{self.file_size} bytes",
+            ) from exc
+        self.references_lost = False
+        """Some reference could not be followed: a cluster without references may be one that it meant."""
+        self.highest_cluster = 0
+        self.shared: IndexArray = np.empty(0, dtype=np.intp)
+        """Clusters of metadata that something else refers to as well, ascending."""
+        self.active_l1: U64Array = np.empty(0, dtype=np.uint64)
+        self.too_low = 0
+        self.walk = L2Walk(self, progress)
+        self._n_references = 0
+        self._roles: list[tuple[str, U64Array, U64Array]] = []
+        self._l2_uses: list[tuple[U64Array, U64Array, U64Array]] = []
+        self._run()
+
+    @property
+    def end(self) -> int:
+        """The first cluster after everything: the end of the file, or of a structure that reaches past it."""
+        return self.n_clusters + int(self.counts[self.n_clusters] > 0)
+
+    def _run(self) -> None:
+        header, cluster_size = self.header, self.geometry.cluster_size
+        self.count_region("header", 0, cluster_size, role="header")
+        self._count_l1(header.l1_table_offset, header.l1_size, "active L1 table", active=True)
+        self._count_snapshots()
+        self.walk.run(*self._merged_l2_uses())
+        table_length = header.refcount_table_clusters * cluster_size
+        self.count_region("refcount table", header.refcount_table_offset, table_length, role="refcount table")
+        self._count_refcount_blocks()
+        self._find_overflows()
+        self._find_shared()
+        self._compare()
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def add(self, clusters: IndexArray, weights: U64Array | None = None) -> None:
+        """Count references to clusters, all of them below `n_clusters + 1`."""
+        self._n_references += clusters.size if weights is None else int(weights.sum())
+        if self.counts.dtype != np.uint64 and self._n_references >= 1 << 32:
+            self.counts = self.counts.astype(np.uint64)
+        add_references(self.counts, clusters, weights)
+
+    def count_region(self, structure: str, offset: int, length: int, *, role: str, times: int = 1) -> bool:
+        """Count a contiguous structure; False (and a finding) if it ends a whole cluster or more past the file's end."""
+        if not length:
+            return True
+        if offset + length >= self.file_size + self.geometry.cluster_size:
+            expected, found = f"inside the file of {self.file_size} bytes", f"{length} bytes at {offset:#x}"
+            self.findings.add("corruption", structure, offset, expected, found, times=times)
+            self.references_lost = True
+            return False
+        bits = self.geometry.cluster_bits
+        clusters = np.arange(offset >> bits, ((offset + length - 1) >> bits) + 1, dtype=np.intp)
+        self.add(clusters, None if times == 1 else np.full(clusters.size, times, dtype=np.uint64))
+        self.set_role(role, clusters.astype(np.uint64), np.full(clusters.size, times, dtype=np.uint64))
+        return True
+
+    def set_role(self, role: str, clusters: U64Array, references: U64Array) -> None:
+        """These clusters hold metadata of one kind, which accounts for so many references to each of them."""
+        self._roles.append((role, clusters, references))
+
+    def beyond(self, offsets: U64Array) -> BoolArray:
+        """Which clusters, by host offset, lie a whole cluster or more past the end of the file."""
+        return offsets >= np.uint64(self.file_size)
+
+    # -- L1 tables ----------------------------------------------------------------------------------------------------
+
+    def _count_snapshots(self) -> None:
+        header = self.header
+        mask = self.geometry.cluster_mask
+        tables = load_snapshot_tables(self.file, header, mask, self.file_size, self.findings)
+        self.references_lost |= not tables.complete
+        budget = self.file_size  # the tables of honest snapshots lie side by side in it
+        for (offset, n_entries), times in tables.l1_tables.items():
+            budget -= max(0, min(n_entries * layout.TABLE_ENTRY_LENGTH, self.file_size - offset))
+            if budget < 0:
+                found = "more bytes of them than the file has"
+                self.findings.add("check-error", "snapshot L1 tables", None, "tables that do not overlap", found)
+                self.references_lost = True
+                break
+            self._count_l1(offset, n_entries, "snapshot L1 table", active=False, times=times)
+        structure = "snapshot table"
+        self.count_region(structure, header.snapshots_offset, tables.length, role=structure)
+
+    def _count_l1(self, offset: int, n_entries: int, structure: str, *, active: bool, times: int = 1) -> None:
+        self.count_region(structure, offset, n_entries * layout.TABLE_ENTRY_LENGTH, role=structure, times=times)
+        table = read_entries(self.file, offset, n_entries, self.file_size)
+        if active:
+            self.active_l1 = table
+        places = np.flatnonzero(table)
+        entries = table[places]
+        l2_offsets = entries & np.uint64(layout.OFFSET_MASK)
+        reserved = (entries & np.uint64(layout.L1_RESERVED_MASK)) != 0
+        beyond = self.beyond(l2_offsets)
+        unaligned = (l2_offsets & np.uint64(self.geometry.cluster_mask)) != 0
+
+        def tell(wrong: BoolArray, expected: str) -> None:
+            if wrong.any():
+                self.references_lost = True
+
+                def describe(place: int) -> Finding:
+                    host_offset, found = offset + place * layout.TABLE_ENTRY_LENGTH, f"{int(table[place]):#x}"
+                    return Finding("corruption", f"entry of the {structure}", host_offset, expected, found, False)
+
+                wrong_places = places[wrong]
+                self.findings.add_each("corruption", wrong_places, describe, times=wrong_places.size * times)
+
+        tell(reserved, "reserved bits clear")
+        tell(beyond, f"an L2 table inside the file of {self.file_size} bytes")
+        tell(unaligned, "a cluster aligned L2 table")
+        if active:
+            self._check_l1_flags(offset, table, places, l2_offsets)
+        self._use_l2_tables(l2_offsets[~beyond], active, times)
+
+    def _check_l1_flags(self, offset: int, table: U64Array, places: IndexArray, l2_offsets: U64Array) -> None:
+        copied = (table[places] & np.uint64(layout.FLAG_COPIED)) != 0
+        wrong = (copied != self.stored.are_one(l2_offsets)) & (l2_offsets != 0)
+        if self.stored.any_unknown:
+            wrong &= self.stored.are_known(l2_offsets)
+
+        def describe(place: int) -> Finding:
+            flag = int(table[place]) & layout.FLAG_COPIED
+            host_offset, expected = offset + place * layout.TABLE_ENTRY_LENGTH, describe_flag(not flag)
+            return Finding("corruption", "entry of the active L1 table", host_offset, expected, f"{int(table[place]):#x}")
+
+        wrong_places = places[wrong]
+        self.findings.add_each("corruption", wrong_places, describe, times=wrong_places.size, repairable=True)
+
+    def _use_l2_tables(self, l2_offsets: U64Array, active: bool, times: int) -> None:
+        bits = np.uint64(self.geometry.cluster_bits)
+        clusters = (l2_offsets >> bits).astype(np.intp)
+        weights = np.full(l2_offsets.size, times, dtype=np.uint64)
+        self.add(clusters, None if times == 1 else weights)
+        astride = (l2_offsets & np.uint64(self.geometry.cluster_mask)) != 0
+        self.add(clusters[astride] + 1, None if times == 1 else weights[astride])
+        self._l2_uses.append((l2_offsets, weights, weights if active else np.zeros_like(weights)))
+        if sum(uses[0].size for uses in self._l2_uses) > _PENDING:
+            self._l2_uses = [self._merged_l2_uses()]
+
+    def _merged_l2_uses(self) -> tuple[U64Array, U64Array, U64Array]:
+        """(host offsets of the L2 tables, ascending; how many L1 entries use each; how many active ones)."""
+        columns = (np.concatenate(column) for column in zip(*self._l2_uses))
+        offsets, uses, active_uses = merge_weights(*columns)
+        most = np.uint64(_MAX_WEIGHT)
+        return offsets, np.minimum(uses, most), np.minimum(active_uses, most)
+
+    # -- refcount structures ------------------------------------------------------------------------------------------
+
+    def _count_refcount_blocks(self) -> None:
+        table, offsets = self.stored.table, self.stored.offsets
+        bits = np.uint64(self.geometry.cluster_bits)
+        reserved = (table & np.uint64(layout.REFCOUNT_TABLE_RESERVED_MASK)) != 0
+        unaligned = (offsets & np.uint64(self.geometry.cluster_mask)) != 0
+        # Reserved bits may be those of an unaligned offset, and what is unaligned is looked at no further.
+        beyond = (offsets >> bits >= np.uint64(self.end)) & ~unaligned & ~reserved
+        self._tell_table(reserved, "reserved bits clear")
+        self._tell_table(unaligned & ~reserved, "a cluster aligned refcount block")
+        self._tell_table(beyond, f"a refcount block inside the file of {self.file_size} bytes")
+        usable = np.flatnonzero((offsets != 0) & ~reserved & ~unaligned & ~beyond)
+        clusters, first, uses = np.unique(offsets[usable] >> bits, return_index=True, return_counts=True)
+        used_otherwise = self.counts[clusters.astype(np.intp)] > 0
+        wrong = np.ones(usable.size, dtype=bool)
+        wrong[first[~used_otherwise]] = False
+        if self.geometry.max_refcount > 1:  # otherwise it is the count that overflows
+            places = np.zeros(table.size, dtype=bool)
+            places[usable[wrong]] = True
+            self._tell_table(places, "a refcount block that nothing else uses")
+        self.add(clusters.astype(np.intp), uses.astype(np.uint64))
+        self.set_role("refcount block", clusters, np.ones(clusters.size, dtype=np.uint64))
+
+    def _tell_table(self, wrong: BoolArray, expected: str) -> None:
+        places = np.flatnonzero(wrong)
+
+        def describe(place: int) -> Finding:
+            host_offset = self.header.refcount_table_offset + place * layout.TABLE_ENTRY_LENGTH
+            found = f"{int(self.stored.table[place]):#x}"
+            return Finding("corruption", "refcount table entry", host_offset, expected, found, False)
+
+        self.findings.add_each("corruption", places, describe, times=places.size)
+
+    # -- verdicts -----------------------------------------------------------------------------------------------------
+
+    def _find_overflows(self) -> None:
+        """More references than a refcount of this width can say: each one too many is a corruption."""
+        most = self.geometry.max_refcount
+        places = np.flatnonzero(self.counts > most) if most <= np.iinfo(self.counts.dtype).max else self.shared
+        if places.size:
+            excess = int((self.counts[places] - self.counts.dtype.type(most)).sum(dtype=np.uint64))
+
+            def describe(place: int) -> Finding:
+                expected, found = f"at most {most} references", f"{int(self.counts[place])}"
+                return Finding("corruption", "host cluster", self._offset(place), expected, found, False)
+
+            self.findings.add_each("corruption", places, describe, times=excess)
+
+    def _find_shared(self) -> None:
+        """Metadata that guest data, or metadata of another kind, lies on; a stored count that agrees makes it no better."""
+        parts = []
+        for role in dict.fromkeys(role for role, _, _ in self._roles):
+            clusters, references = merge_weights(
+                np.concatenate([clusters for name, clusters, _ in self._roles if name == role]),
+                np.concatenate([references for name, _, references in self._roles if name == role]),
+            )
+            places = clusters.astype(np.intp)
+            parts.append(places[self.counts[places] != references])
+        self.shared = np.unique(np.concatenate(parts))
+        if not self.shared.size:
+            return
+        self.references_lost = True
+        agreed = self.shared[self.stored.counts[self.shared] == self.counts[self.shared]]
+
+        def describe(place: int) -> Finding:
+            expected, found = "metadata that nothing else uses", f"{int(self.counts[place])} references"
+            return Finding("corruption", "host cluster", self._offset(place), expected, found, False)
+
+        self.findings.add_each("corruption", agreed, describe, times=agreed.size)
+
+    def _compare(self) -> None:
+        """Stored counts against references, cluster by cluster."""
+        for start in range(0, self.end, _SLICE):
+            stop = min(start + _SLICE, self.end)
+            stored = self.stored.counts[start:stop]
+            counts = np.minimum(self.counts[start:stop], self._most())
+            known = self._known(start, stop)
+            used = (stored | counts) != 0
+            if known is not None:
+                unknown = np.flatnonzero(~known) + start
+                self.findings.add_each("check-error", unknown, self._describe_unknown, times=unknown.size)
+                used &= known
+            if used.any():
+                self.highest_cluster = start + int(np.flatnonzero(used)[-1])
+            wrong = stored != counts
+            if known is not None:
+                wrong &= known
+            if wrong.any():
+                self._tell_wrong(np.flatnonzero(wrong) + start)
+
+    def _most(self) -> np.unsignedinteger:
+        return self.counts.dtype.type(min(self.geometry.max_refcount, np.iinfo(self.counts.dtype).max))
+
+    def _known(self, start: int, stop: int) -> BoolArray | None:
+        if not self.stored.any_unknown:
+            return None
+        blocks = np.arange(start, stop) >> self.geometry.refcount_block_bits
+        known = np.ones(stop - start, dtype=bool)
+        counted = blocks < self.stored.unknown.size
+        known[counted] = ~self.stored.unknown[blocks[counted]]
+        return known
+
+    def _tell_wrong(self, places: IndexArray) -> None:
+        too_high = self.stored.counts[places] > self.counts[places]
+        leaks, low = places[too_high], places[~too_high]
+        self.too_low += low.size
+        # Whether they can be mended is for a repair to find out; the text says what most will want to know.
+        self.findings.add_each("leak", leaks, self._describe_leak, times=leaks.size, repairable=True)
+        self.findings.add_each("corruption", low, self._describe_low, times=low.size, repairable=True)
+
+    def _describe_leak(self, place: int) -> Finding:
+        return self._describe_count("leak", place, repairable=not self.references_lost)
+
+    def _describe_low(self, place: int) -> Finding:
+        return self._describe_count("corruption", place, repairable=True)
+
+    def _describe_count(self, kind: Kind, place: int, *, repairable: bool) -> Finding:
+        expected, found = str(int(self.counts[place])), str(int(self.stored.counts[place]))
+        return Finding(kind, "refcount of a host cluster", self._offset(place), expected, found, repairable)
+
+    def _describe_unknown(self, place: int) -> Finding:
+        expected = str(int(self.counts[place]))
+        structure, host_offset = "refcount of a host cluster", self._offset(place)
+        return Finding("check-error", structure, host_offset, expected, "a refcount block that cannot be read", False)
+
+    def _offset(self, cluster: int) -> int:
+        return cluster << self.geometry.cluster_bits

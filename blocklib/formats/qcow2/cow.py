@@ -1,0 +1,66 @@
+"""Cluster allocations in flight: fresh clusters that are being written and that no reader or flush sees before `commit`."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from blocklib.node import WriteTicket
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.node import Qcow2Node
+
+
+class AllocationTicket(WriteTicket):
+    """Host clusters reserved for guest clusters [first, stop)."""
+
+    __slots__ = ("_node", "first", "host_cluster", "preallocated", "stop")
+
+    def __init__(self, node: Qcow2Node, first: int, stop: int, host_cluster: int, *, preallocated: bool) -> None:
+        self._node = node
+        self.first = first
+        self.stop = stop
+        self.host_cluster = host_cluster
+        self.preallocated = preallocated
+        """The host clusters are the guest clusters' own already; only the zero flag goes."""
+
+    def commit(self) -> None:
+        self._node.link(self)
+
+    def abort(self) -> None:
+        self._node.unreserve(self)
+
+
+class Allocations:
+    """The list of tickets that are out.  All methods run under `lock`, which `wait` releases while it sleeps."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._tickets: list[AllocationTicket] = []
+        self._changed = threading.Condition(lock)
+
+    def add(self, ticket: AllocationTicket) -> None:
+        self._tickets.append(ticket)
+
+    def remove(self, ticket: AllocationTicket) -> None:
+        self._tickets.remove(ticket)
+        self._changed.notify_all()
+
+    def holds(self, ticket: AllocationTicket) -> bool:
+        return ticket in self._tickets
+
+    def wait_for(self, first: int, stop: int) -> int:
+        """Wait until nobody allocates guest cluster `first`; returns where, in (first, stop], the next allocation begins."""
+        while True:
+            limit = stop
+            for ticket in self._tickets:
+                if ticket.first <= first < ticket.stop:
+                    self._changed.wait()
+                    break
+                if first < ticket.first < limit:
+                    limit = ticket.first
+            else:
+                return limit
+
+    def wait_for_all(self, first: int, stop: int) -> None:
+        """Wait until nobody allocates any of the guest clusters [first, stop)."""
+        self._changed.wait_for(lambda: not any(t.first < stop and first < t.stop for t in self._tickets))

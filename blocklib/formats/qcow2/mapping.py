@@ -1,0 +1,262 @@
+"""Guest clusters to host clusters: looking up, and linking what was newly written.  Standard (not extended) L2 entries.
+
+Lookups take no lock: an L2 entry is eight bytes, read once.  Changes are made under the image's lock, in memory only; a
+table that is not cached raises MissingTableError before anything was changed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from blocklib.errors import ImageCorruptError
+from blocklib.extents import (
+    FLAG_ALLOCATED,
+    FLAG_COMPRESSED,
+    FLAG_DATA,
+    FLAG_OFFSET_VALID,
+    FLAG_RECURSE,
+    FLAG_ZERO,
+    KIND_BACKING,
+    KIND_DATA,
+    KIND_SPECIAL,
+    KIND_ZERO,
+    Run,
+)
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.cache import TableCache
+from blocklib.formats.qcow2.tables import Table, check_host_offset
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.geometry import Geometry
+    from blocklib.formats.qcow2.refcounts import Refcounts
+    from blocklib.graph import Edge
+
+_OFFSET_MASK = layout.OFFSET_MASK
+_COPIED = layout.FLAG_COPIED
+_COMPRESSED = layout.FLAG_COMPRESSED
+_ZERO = layout.FLAG_ZERO
+
+
+class Mapping:
+    """The L1 table and a cache of L2 slices.  `l1` has an entry for every part of the disk."""
+
+    def __init__(
+        self,
+        file: Edge,
+        geometry: Geometry,
+        l1: Table,
+        l1_offset: int,
+        *,
+        version: int,
+        slice_length: int,
+        cache_bytes: int,
+        node: str | None,
+    ) -> None:
+        self.geometry = geometry
+        self.l1 = l1
+        self.l1_offset = l1_offset
+        self._file = file
+        self._node = node
+        self.zero_flag_allowed = version >= layout.VERSION_3
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._cluster_mask = geometry.cluster_mask
+        self._l1_shift = geometry.l1_shift
+        self.slice_length = slice_length
+        self.slice_entries = slice_length // layout.L2_ENTRY_LENGTH
+        self._slice_shift = geometry.cluster_bits + self.slice_entries.bit_length() - 1
+        self._slices_mask = (1 << (geometry.l1_shift - self._slice_shift)) - 1
+        self.cache = TableCache(file, "Q", slice_length, cache_bytes)
+        self.dirty_l1: set[int] = set()
+        self.new_tables: dict[int, int] = {}
+        """Host offset -> L1 index of L2 tables that the file's L1 table does not point at yet."""
+        self.data_flags = FLAG_DATA | FLAG_ALLOCATED | FLAG_OFFSET_VALID
+        """What to report of a plain data cluster; FLAG_RECURSE is added for preallocated images."""
+
+    def report_holes(self) -> None:
+        """Data clusters may be holes in the file (preallocation): let block status ask it."""
+        self.data_flags |= FLAG_RECURSE
+
+    # -- looking up ---------------------------------------------------------------------------------------------------
+
+    def slice_at(self, guest_offset: int) -> int | None:
+        """Host offset of the L2 slice that maps `guest_offset`, or None where there is no L2 table."""
+        entry = self.l1[guest_offset >> self._l1_shift]
+        host_offset = entry & _OFFSET_MASK
+        if not host_offset:
+            return None
+        if host_offset & self._cluster_mask or host_offset >= self._file.size:
+            if host_offset not in self.new_tables:
+                check_host_offset(
+                    host_offset, self._file.size, self._cluster_mask, "L1 entry", entry=entry, node=self._node
+                )
+        return host_offset + (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length
+
+    def resolve(self, table: Table, index: int, offset: int, length: int, edge: Edge) -> Run:
+        """The run at guest `offset`, which entry `index` of the L2 slice `table` maps; ends with the slice."""
+        entry = table[index]
+        in_cluster = offset & self._cluster_mask
+        stop = min(len(table), index + ((in_cluster + length + self._cluster_mask) >> self._cluster_bits))
+        host_offset = entry & _OFFSET_MASK
+        j = index + 1
+        if entry & _COMPRESSED:
+            n = min(length, self._cluster_size - in_cluster)
+            return KIND_SPECIAL, None, 0, n, FLAG_DATA | FLAG_ALLOCATED | FLAG_COMPRESSED
+        if entry & _ZERO:
+            if not self.zero_flag_allowed:
+                raise self.bad_entry(entry, "no zero flag in a version 2 image")
+            if host_offset:
+                expected = entry + self._cluster_size
+                while j < stop and table[j] == expected:
+                    expected += self._cluster_size
+                    j += 1
+                flags = FLAG_ZERO | FLAG_ALLOCATED | FLAG_OFFSET_VALID
+            else:
+                while j < stop and table[j] & ~_COPIED == _ZERO:
+                    j += 1
+                flags = FLAG_ZERO | FLAG_ALLOCATED
+            n = min(length, ((j - index) << self._cluster_bits) - in_cluster)
+            return KIND_ZERO, edge, host_offset + in_cluster, n, flags
+        if not host_offset:
+            if entry & ~_COPIED:
+                raise self.bad_entry(entry, "reserved bits of zero")
+            while j < stop and not table[j] & ~_COPIED:
+                j += 1
+            n = min(length, ((j - index) << self._cluster_bits) - in_cluster)
+            return KIND_BACKING, None, 0, n, 0
+        if host_offset & self._cluster_mask:
+            raise self.bad_entry(entry, "a cluster aligned offset")
+        expected = entry + self._cluster_size
+        while j < stop and table[j] == expected:
+            expected += self._cluster_size
+            j += 1
+        n = min(length, ((j - index) << self._cluster_bits) - in_cluster)
+        return KIND_DATA, edge, host_offset + in_cluster, n, self.data_flags
+
+    def unmapped_length(self, offset: int, length: int) -> int:
+        """How many of the `length` bytes from guest `offset`, which has no L2 table, have none either."""
+        index = offset >> self._l1_shift
+        last = (offset + length - 1) >> self._l1_shift
+        l1 = self.l1
+        while index < last and not l1[index + 1] & _OFFSET_MASK:
+            index += 1
+        return min(length, ((index + 1) << self._l1_shift) - offset)
+
+    def index_in_slice(self, offset: int) -> int:
+        return offset >> self._cluster_bits & (self.slice_entries - 1)
+
+    def bad_entry(self, entry: int, expected: str) -> ImageCorruptError:
+        return ImageCorruptError(
+            f"{self._node}: L2 entry {entry:#x} where {expected} was expected",
+            structure="L2 entry",
+            expected=expected,
+            found=f"{entry:#x}",
+            node=self._node,
+        )
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def slice_for_change(self, guest_offset: int, refcounts: Refcounts, freed: list[tuple[int, int]]) -> tuple[int, Table]:
+        """(host offset, table) of the L2 slice that maps `guest_offset`, in an L2 table that is ours to change.
+
+        A missing L2 table is allocated; one shared with a snapshot is copied, its old cluster added to `freed`.
+        """
+        l1_index = guest_offset >> self._l1_shift
+        entry = self.l1[l1_index]
+        if entry & _COPIED or entry & _OFFSET_MASK in self.new_tables:
+            host_offset = self.slice_at(guest_offset)
+            assert host_offset is not None
+            return host_offset, self.cache.need(host_offset)
+        old_offset = entry & _OFFSET_MASK
+        slices = range(0, self._cluster_size, self.slice_length)
+        old = [self.cache.need(old_offset + start) for start in slices] if self.slice_at(guest_offset) is not None else []
+        cluster, _n = refcounts.allocate(1)
+        new_offset = cluster << self._cluster_bits
+        for number, start in enumerate(slices):
+            table = old[number][:] if old else array("Q", bytes(self.slice_length))
+            self.cache.insert(new_offset + start, table, dirty=True)
+        self.l1[l1_index] = new_offset | _COPIED
+        self.dirty_l1.add(l1_index)
+        self.new_tables[new_offset] = l1_index
+        if old:
+            freed.append((old_offset >> self._cluster_bits, 1))
+        start = (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length
+        return new_offset + start, self.cache.need(new_offset + start)
+
+    def in_place_run(self, table: Table, index: int, stop: int) -> tuple[int, int]:
+        """(host offset, number) of the entries from `index` that are plain, ours alone and contiguous on the host."""
+        entry = table[index]  # once: it may change under a reader without the lock
+        if not entry & _COPIED or entry & (_COMPRESSED | _ZERO):
+            return 0, 0
+        return self._contiguous_run(table, index, stop, entry)
+
+    def preallocated_run(self, table: Table, index: int, stop: int) -> tuple[int, int]:
+        """The same for zero clusters that have a host cluster of their own."""
+        entry = table[index]
+        if not entry & _COPIED or not entry & _ZERO or entry & _COMPRESSED:
+            return 0, 0
+        return self._contiguous_run(table, index, stop, entry)
+
+    def _contiguous_run(self, table: Table, index: int, stop: int, entry: int) -> tuple[int, int]:
+        host_offset = entry & _OFFSET_MASK
+        if not host_offset:
+            return 0, 0
+        if host_offset & self._cluster_mask:
+            raise self.bad_entry(entry, "a cluster aligned offset")
+        j = index + 1
+        expected = entry + self._cluster_size
+        while j < stop and table[j] == expected:
+            expected += self._cluster_size
+            j += 1
+        return host_offset, j - index
+
+    def new_run(self, table: Table, index: int, stop: int) -> int:
+        """How many entries from `index` need a fresh host cluster to be written."""
+        j = index
+        while j < stop:
+            entry = table[j]
+            if entry & _COPIED and not entry & _COMPRESSED and entry & _OFFSET_MASK:
+                break
+            j += 1
+        return j - index
+
+    def link(self, slice_offset: int, table: Table, index: int, host_offset: int, n: int) -> list[int]:
+        """Point `n` entries at consecutive host clusters of our own; returns the entries as they were."""
+        old = table[index : index + n]
+        first = host_offset | _COPIED
+        if n == 1:
+            table[index] = first
+        else:
+            table[index : index + n] = array("Q", range(first, first + n * self._cluster_size, self._cluster_size))
+        self.cache.mark_dirty(slice_offset, index, index + n)
+        return list(old)
+
+    def replace(self, slice_offset: int, table: Table, index: int, entries: Table) -> list[int]:
+        """Put other entries in; returns those that were there."""
+        old = table[index : index + len(entries)]
+        if old == entries:
+            return []
+        table[index : index + len(entries)] = entries
+        self.cache.mark_dirty(slice_offset, index, index + len(entries))
+        return list(old)
+
+    def host_clusters_of(self, entries: list[int]) -> list[tuple[int, int]]:
+        """The runs (first cluster, number) of host clusters that `entries` refer to, one reference each."""
+        runs: list[tuple[int, int]] = []
+        bits = self._cluster_bits
+        for entry in entries:
+            if entry & _COMPRESSED:
+                host_offset, length = self.geometry.decode_compressed(entry)
+                first = host_offset >> bits
+                n = ((host_offset + length - 1) >> bits) - first + 1
+            else:
+                first = (entry & _OFFSET_MASK) >> bits
+                n = 1
+                if not first:
+                    continue
+            if runs and runs[-1][0] + runs[-1][1] == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + n)
+            else:
+                runs.append((first, n))
+        return runs

@@ -1,0 +1,497 @@
+"""The qcow2 driver: one image, read and written through its file.
+
+Source of everything on disk: QEMU's ``docs/interop/qcow2.rst``.  Nothing is written before the whole header has been
+accepted, and nothing at all to an image that is open read-only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from blocklib.errors import ImageCorruptError, ImageLimitError, PoisonedError, UnsupportedFeatureError
+from blocklib.extents import KIND_BACKING, Run
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.cache import MissingTableError
+from blocklib.formats.qcow2.compression import decompress
+from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
+from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
+from blocklib.formats.qcow2.header_write import plan_rewrite
+from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
+from blocklib.formats.qcow2.refcounts import Refcounts
+from blocklib.formats.qcow2.tables import read_table
+from blocklib.formats.qcow2.writeback import WriteBack
+from blocklib.graph import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Edge
+from blocklib.node import NamedReference, Node, PendingChange, Preallocation, WriteRun
+from blocklib.policy import Limits
+from blocklib.requests import RequestTracker
+
+if TYPE_CHECKING:
+    from blocklib.extents import RunTable
+
+_T = TypeVar("_T")
+
+SUPPORTED_INCOMPATIBLE = (
+    layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
+)
+
+_DEFAULT_L2_CACHE = 32 << 20
+_DEFAULT_REFCOUNT_CACHE = 4 << 20
+_DEFAULT_SLICE = 1 << 16
+
+
+class Qcow2Node(Node):
+    """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
+
+    driver = "qcow2"
+
+    def __init__(
+        self,
+        name: str | None,
+        filename: str | None,
+        *,
+        read_only: bool,
+        limits: Limits | None = None,
+        metadata_only: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(name, filename, read_only=read_only)
+        self.limits = limits if limits is not None else Limits()
+        self.metadata_only = metadata_only
+        self.options = options if options is not None else {}
+        self.lock = threading.Lock()
+        """Guards tables, counts, allocations and the list of freed clusters; memory only, never held across I/O."""
+        self.allocations = Allocations(self.lock)
+        self.writeback = WriteBack(self)
+        self._holes_asked = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Qcow2Node:
+        return cls(options["node-name"], extra.pop("filename", None), read_only=read_only, options=options, **extra)
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    @property
+    def file(self) -> Edge:
+        return self.children["file"]
+
+    def load(self) -> None:
+        """Read and accept the header, the L1 table and the refcount table.
+
+        Raises FormatMismatchError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError, StorageError.
+        """
+        file = self.file
+        self.header = self._read_header()
+        self.geometry = self.header.geometry()
+        self.size = self.header.size
+        self.zero_alignment = self.geometry.cluster_size
+        if self.metadata_only:
+            return
+        self._refuse_what_is_not_supported(self.header)
+        header, geometry = self.header, self.geometry
+        slice_length = min(geometry.cluster_size, self.options.get("l2-cache-entry-size") or _DEFAULT_SLICE)
+        self.mapping = ClusterMapping(
+            file,
+            geometry,
+            read_table(file, "Q", header.l1_table_offset, header.l1_size * 8),
+            header.l1_table_offset,
+            version=header.version,
+            slice_length=slice_length,
+            cache_bytes=self.options.get("l2-cache-size") or _DEFAULT_L2_CACHE,
+            node=self.filename,
+        )
+        self.refcounts = Refcounts(
+            file,
+            geometry,
+            read_table(file, "Q", header.refcount_table_offset, header.refcount_table_clusters << geometry.cluster_bits),
+            header.refcount_table_offset,
+            cache_bytes=max(
+                self.options.get("refcount-cache-size") or _DEFAULT_REFCOUNT_CACHE, 1 << 20, 8 << geometry.cluster_bits
+            ),
+            node=self.filename,
+        )
+        self._set_zeroing()
+        if not self.read_only:
+            self._refuse_what_cannot_be_written()
+            self.tracker = RequestTracker()
+
+    def _read_header(self) -> Header:
+        file = self.file
+        start = bytearray(min(4096, max(file.size, 1)))
+        file.read(0, memoryview(start))
+        span = min(header_span(start), file.size)
+        if span > len(start):
+            start = bytearray(span)
+            file.read(0, memoryview(start))
+        return parse_header(
+            bytes(start), limits=self.limits, file_length=file.size, for_check=self.metadata_only, node=self.filename
+        )
+
+    def _refuse_what_is_not_supported(self, header: Header) -> None:
+        check_supported(header, SUPPORTED_INCOMPATIBLE, node=self.filename)
+        if header.crypt_method != layout.CRYPT_NONE:
+            name = layout.CRYPT_NAMES.get(header.crypt_method, str(header.crypt_method))
+            raise self._unsupported(f"encryption ({name})", "opened")
+
+    def _refuse_what_cannot_be_written(self) -> None:
+        header = self.header
+        if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT:
+            raise ImageCorruptError(
+                f"{self.filename}: the image is marked corrupt and must be repaired before it is written",
+                structure="header field incompatible_features",
+                host_offset=layout.FIELD_OFFSETS["incompatible_features"],
+                expected="no corrupt bit",
+                found=f"{header.incompatible_features:#x}",
+                node=self.filename,
+            )
+        if header.extension(layout.EXTENSION_BITMAPS) is not None:
+            raise self._unsupported("bitmaps", "opened for writing")
+        if header.nb_snapshots:
+            raise self._unsupported("internal snapshots", "opened for writing")
+
+    def _unsupported(self, feature: str, verb: str) -> UnsupportedFeatureError:
+        return UnsupportedFeatureError(
+            f"{self.filename}: an image with {feature} cannot be {verb} yet",
+            features=(feature,),
+            structure="header",
+            node=self.filename,
+        )
+
+    def activate(self) -> None:
+        """Repair a dirty image and clear autoclear bits that we do not keep up.  The image is writable and accepted."""
+        if self.read_only:
+            return
+        if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
+            self._repair_after_crash()
+        if self.header.autoclear_features:
+            self.header.autoclear_features = 0
+            self.rewrite_header()
+            self.file.flush()
+
+    def _repair_after_crash(self) -> None:
+        from blocklib.formats.qcow2.repair import repair_image
+
+        repair_image(self.file, self.header, self.geometry, "all", filename=self.filename or self.name)
+        self.load()
+        if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
+            raise ImageCorruptError(
+                f"{self.filename}: the image was not closed properly and could not be repaired",
+                structure="header field incompatible_features",
+                host_offset=layout.FIELD_OFFSETS["incompatible_features"],
+                expected="no dirty bit",
+                found="the dirty bit after a repair",
+                node=self.filename,
+            )
+
+    def close(self) -> None:
+        if not self.read_only and not self.metadata_only:
+            self.writeback.finish()
+        self.abandon()
+
+    def abandon(self) -> None:
+        if not self.metadata_only and hasattr(self, "mapping"):
+            self.mapping.cache.clear()
+            self.refcounts.cache.clear()
+
+    def references(self) -> Sequence[NamedReference]:
+        references = []
+        name = self.header.backing_name
+        if name is not None:
+            references.append(NamedReference("backing", name, self.header.backing_format))
+        return references
+
+    def prepare_reopen(self, *, read_only: bool) -> PendingChange:
+        if read_only:
+            self.writeback.finish()
+        else:
+            self._refuse_what_cannot_be_written()
+
+        def commit() -> None:
+            self.read_only = read_only
+            self.tracker = None if read_only else RequestTracker()
+            self.activate()
+
+        return PendingChange(commit, lambda: None)
+
+    def child_permissions(self, child_name: str, wanted: int, shared: int, *, read_only: bool) -> tuple[int, int]:
+        if child_name == "backing":
+            # What is below must keep its content as long as we read through it.
+            below = CONSISTENT_READ | WRITE_UNCHANGED
+            return CONSISTENT_READ, below | (WRITE | RESIZE if shared & WRITE else 0)
+        needed = CONSISTENT_READ if read_only else CONSISTENT_READ | WRITE | RESIZE
+        return needed, CONSISTENT_READ | WRITE_UNCHANGED
+
+    # -- where ranges live --------------------------------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int) -> Run:
+        mapping = self.mapping
+        slice_offset = mapping.slice_at(offset)
+        if slice_offset is None:
+            return KIND_BACKING, None, 0, mapping.unmapped_length(offset, length), 0
+        table = mapping.cache.peek(slice_offset)
+        if table is None:
+            table = mapping.cache.load(slice_offset, self.lock)
+        return mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.children["file"])
+
+    def resolve_table(self, offset: int, length: int) -> RunTable:
+        from blocklib.formats.qcow2.mapping_table import resolve_table
+
+        return resolve_table(self.mapping, self.file, offset, length)
+
+    def read_special(self, offset: int, view: memoryview) -> None:
+        """Decode one compressed cluster and copy the part asked for."""
+        mapping = self.mapping
+        slice_offset = mapping.slice_at(offset)
+        table = None if slice_offset is None else mapping.cache.peek(slice_offset)
+        if table is None and slice_offset is not None:
+            table = mapping.cache.load(slice_offset, self.lock)
+        entry = table[mapping.index_in_slice(offset)] if table is not None else 0
+        if not entry & layout.FLAG_COMPRESSED:
+            # A writer has replaced the cluster since it was resolved: what it wrote is the content now.
+            from blocklib import plan
+
+            plan.read(self, offset, view)
+            return
+        host_offset, length = self.geometry.decode_compressed(entry)
+        if host_offset >= self.file.size:
+            raise ImageCorruptError(
+                f"{self.filename}: a compressed cluster at {host_offset:#x} lies outside the file",
+                structure="compressed cluster descriptor",
+                host_offset=host_offset,
+                expected=f"an offset below {self.file.size}",
+                found=f"{host_offset:#x}",
+                node=self.filename,
+            )
+        data = bytearray(length)
+        self.file.read(host_offset, memoryview(data))
+        cluster = decompress(
+            data,
+            self.geometry.cluster_size,
+            self.header.compression_type,
+            host_offset=host_offset,
+            node=self.filename,
+        )
+        start = offset & self.geometry.cluster_mask
+        view[:] = memoryview(cluster)[start : start + len(view)]
+
+    def ask_for_holes(self) -> None:
+        """Find out, before block status is reported, whether data clusters may be holes in the file."""
+        if self._holes_asked or self.metadata_only:
+            return
+        self._holes_asked = True
+        from blocklib.formats.qcow2.resize import looks_preallocated
+
+        if looks_preallocated(self):
+            self.mapping.report_holes()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def prepare_write(self, offset: int, length: int) -> WriteRun:
+        if self.poisoned is not None:
+            self.check_usable()
+        mapping = self.mapping
+        slice_offset = mapping.slice_at(offset)
+        if slice_offset is not None:
+            table = mapping.cache.peek(slice_offset)
+            if table is not None:
+                in_cluster = offset & self.geometry.cluster_mask
+                index = mapping.index_in_slice(offset)
+                stop = min(len(table), index + self.geometry.clusters_for(in_cluster + length))
+                host_offset, n = mapping.in_place_run(table, index, stop)
+                if n:
+                    fits = (n << self.geometry.cluster_bits) - in_cluster
+                    return self.children["file"], host_offset + in_cluster, min(length, fits), None
+        return self.retry(lambda: self._prepare_locked(offset, length))
+
+    def _prepare_locked(self, offset: int, length: int) -> WriteRun:
+        mapping, geometry = self.mapping, self.geometry
+        bits = geometry.cluster_bits
+        in_cluster = offset & geometry.cluster_mask
+        first = offset >> bits
+        stop_cluster = self.allocations.wait_for(first, (offset + length + geometry.cluster_mask) >> bits)
+        _slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
+        index = mapping.index_in_slice(offset)
+        stop = min(len(table), index + stop_cluster - first)
+        host_offset, n = mapping.in_place_run(table, index, stop)
+        ticket = None
+        if not n:
+            host_offset, n = mapping.preallocated_run(table, index, stop)
+            preallocated = n > 0
+            if not n:
+                host_cluster, n = self.refcounts.allocate(mapping.new_run(table, index, stop))
+                host_offset = host_cluster << bits
+            ticket = AllocationTicket(self, first, first + n, host_offset >> bits, preallocated=preallocated)
+            self.allocations.add(ticket)
+        length = min(length, (n << bits) - in_cluster)
+        if ticket is not None:
+            used = (in_cluster + length + geometry.cluster_mask) >> bits
+            assert used == n
+            ticket.head = in_cluster
+            ticket.tail = (n << bits) - in_cluster - length
+        return self.file, host_offset + in_cluster, length, ticket
+
+    def link(self, ticket: AllocationTicket) -> None:
+        """Point the L2 entries of a ticket at its host clusters: the write is part of the image from now on."""
+        offset = ticket.first << self.geometry.cluster_bits
+        mapping = self.mapping
+
+        def change() -> None:
+            slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
+            host_offset = ticket.host_cluster << self.geometry.cluster_bits
+            old = mapping.link(slice_offset, table, mapping.index_in_slice(offset), host_offset, ticket.stop - ticket.first)
+            if not ticket.preallocated:
+                self.writeback.freed.extend(mapping.host_clusters_of(old))
+            self.allocations.remove(ticket)
+
+        try:
+            self.retry(change)
+        except BaseException:
+            with self.lock:
+                if self.allocations.holds(ticket):
+                    self.allocations.remove(ticket)
+            self.poison("linking a written cluster was interrupted")
+            raise
+        self.writeback.relieve()
+
+    def unreserve(self, ticket: AllocationTicket) -> None:
+        """Give back the host clusters of a ticket whose write failed; nobody has seen them."""
+
+        def change() -> None:
+            if not ticket.preallocated:
+                self.refcounts.release(ticket.host_cluster, ticket.stop - ticket.first)
+            self.allocations.remove(ticket)
+
+        self.retry(change)
+
+    def zero_part(self, offset: int, length: int) -> bool:
+        return self.retry(lambda: self._zero_part_locked(offset))
+
+    def _zero_part_locked(self, offset: int) -> bool:
+        """Whether the cluster reads as zero already, or could be made a zero cluster because nothing else is in it."""
+        mapping = self.mapping
+        first = offset >> self.geometry.cluster_bits
+        self.allocations.wait_for_all(first, first + 1)
+        slice_offset = mapping.slice_at(offset)
+        entry = 0
+        if slice_offset is not None:
+            entry = mapping.cache.need(slice_offset)[mapping.index_in_slice(offset)]
+        if entry & layout.FLAG_COMPRESSED:
+            return False
+        if entry & layout.FLAG_ZERO:
+            return True
+        return not entry & layout.OFFSET_MASK and not self._has_backing
+
+    def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
+        from blocklib.formats.qcow2.zeroing import zero_range
+
+        zero_range(self, offset, length, unmap=unmap)
+
+    def discard_range(self, offset: int, length: int) -> None:
+        from blocklib.formats.qcow2.zeroing import discard_range
+
+        discard_range(self, offset, length)
+
+    def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
+        from blocklib.formats.qcow2.resize import resize
+
+        self.check_usable()
+        resize(self, size, preallocation)
+
+    def flush(self) -> None:
+        if self.read_only:
+            return
+        self.writeback.flush()
+
+    def make_empty(self) -> None:
+        """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""
+        from blocklib.formats.qcow2.zeroing import forget_range
+
+        forget_range(self, 0, self.geometry.round_up(self.size))
+        self.writeback.finish()
+
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Name another backing file (as it is to be stored) in the header; durable on return.
+
+        Raises UsageError for a name that does not fit.
+        """
+        self.check_usable()
+        with self.writeback.structure:
+            self.writeback.flush()
+            before = self.header.backing_name, self.header.backing_format
+            try:
+                self.header.backing_name, self.header.backing_format = name, format
+                self.rewrite_header()
+            except BaseException:
+                self.header.backing_name, self.header.backing_format = before
+                raise
+            self.file.flush()
+            self._set_zeroing()
+
+    @property
+    def _has_backing(self) -> bool:
+        return self.header.backing_name is not None or "backing" in self.children
+
+    def _set_zeroing(self) -> None:
+        # Version 2 has no zero clusters: only an absent one reads as zero, and only where nothing shows through.
+        self.zeroes_by_metadata = self.header.version > layout.VERSION_2 or self.header.backing_name is None
+
+    # -- what the parts of the driver share ---------------------------------------------------------------------------
+
+    def retry(self, change: Callable[[], _T]) -> _T:
+        """Run `change` under the lock; when it needs a table that is not cached, load it and start again."""
+        while True:
+            try:
+                with self.lock:
+                    return change()
+            except MissingTableError as missing:
+                missing.cache.load(missing.host_offset, self.lock)
+
+    def rewrite_header(self) -> None:
+        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
+        on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
+        self.file.read(0, memoryview(on_disk))
+        change = plan_rewrite(self.header, bytes(on_disk))
+        for host_offset, data in change.rest:
+            self.file.write(host_offset, (data,))
+        if change.rest:
+            self.file.flush()
+        self.file.write(0, (change.first,))
+        self.header.extensions = change.header.extensions
+        self.header.backing_file_offset = change.header.backing_file_offset
+        self.header.backing_file_size = change.header.backing_file_size
+
+    def give_back(self, runs: list[tuple[int, int]]) -> None:
+        """Host clusters became free: let the host have the space where the image was opened for that."""
+        if not self.discard_passes or not self.options.get("pass-discard-request", True):
+            return
+        bits = self.geometry.cluster_bits
+        for first, n in runs:
+            self.file.discard(first << bits, n << bits)
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def cluster_size(self) -> int:
+        return self.geometry.cluster_size
+
+    def info_facts(self) -> Mapping[str, Any]:
+        return {
+            "encrypted": self.header.crypt_method != layout.CRYPT_NONE,
+            "dirty": bool(self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY),
+        }
+
+    def format_specific(self) -> Mapping[str, Any]:
+        header = self.header
+        data: dict[str, Any] = {"compat": "0.10" if header.version == layout.VERSION_2 else "1.1"}
+        data["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
+        if header.version == layout.VERSION_2:
+            data["refcount-bits"] = 16
+            return data
+        data["lazy-refcounts"] = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
+        data["refcount-bits"] = 1 << header.refcount_order
+        data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
+        data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)
+        if header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE:
+            data["data-file"] = header.data_file_name
+            data["data-file-raw"] = bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
+        return data

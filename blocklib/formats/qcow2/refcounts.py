@@ -1,0 +1,327 @@
+"""Reference counts and the allocation of host clusters.
+
+Everything here is memory only and runs under the image's lock: a refcount block that is not cached raises
+MissingTableError before anything was changed, and blocks and tables that are new reach the file with the next flush, in the
+order that survives a crash (blocks, then the table that points at them, then the header that points at the table).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from blocklib.errors import ImageCorruptError, ImageLimitError
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.cache import TableCache
+from blocklib.formats.qcow2.tables import Table, zero_table
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.geometry import Geometry
+    from blocklib.graph import Edge
+
+_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+
+
+class Refcounts:
+    """Counts every host cluster.  Numbers are host cluster indices unless they are called offsets (bytes)."""
+
+    def __init__(
+        self, file: Edge, geometry: Geometry, table: Table, table_offset: int, *, cache_bytes: int, node: str | None
+    ) -> None:
+        self.geometry = geometry
+        self.table = table
+        self.table_offset = table_offset
+        self._node = node
+        self._width = geometry.refcount_bits
+        self._block_bits = geometry.refcount_block_bits
+        self._block_mask = geometry.refcount_block_entries - 1
+        self._file = file
+        self.cache = TableCache(file, _TYPECODES.get(geometry.refcount_order, "B"), geometry.cluster_size, cache_bytes)
+        self._hint = 0
+        self.dirty_table_entries: set[int] = set()
+        """Indices of refcount table entries that the file does not have yet."""
+        self.table_moved = False
+        """The whole table, and the header that points at it, must be written."""
+        self.outgrown_tables: list[tuple[int, int]] = []
+        """(first cluster, number) of tables that were replaced, to be freed once the header points elsewhere."""
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def get(self, cluster: int) -> int:
+        """The refcount of a host cluster."""
+        block_index = cluster >> self._block_bits
+        if block_index >= len(self.table) or not self.table[block_index]:
+            return 0
+        return self._get(self.block(block_index), cluster & self._block_mask)
+
+    def block(self, block_index: int) -> Table:
+        """The refcount block that table entry `block_index`, which is not 0, points at."""
+        return self.cache.need(self._block_offset(block_index))
+
+    def _block_offset(self, block_index: int) -> int:
+        entry = self.table[block_index]
+        if entry & (layout.REFCOUNT_TABLE_RESERVED_MASK | self.geometry.cluster_mask):
+            raise ImageCorruptError(
+                f"{self._node}: refcount table entry {block_index} is {entry:#x}",
+                structure="refcount table entry",
+                host_offset=self.table_offset + block_index * 8,
+                expected="the cluster aligned offset of a refcount block",
+                found=f"{entry:#x}",
+                node=self._node,
+            )
+        return entry
+
+    def _get(self, block: Table, index: int) -> int:
+        if self._width >= 8:
+            return block[index]
+        position = index * self._width
+        return block[position >> 3] >> (position & 7) & ((1 << self._width) - 1)
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def add(self, cluster: int, change: int) -> int:
+        """Raise or lower one refcount; returns the new one.
+
+        Raises ImageCorruptError when it would fall below zero, ImageLimitError when the width cannot hold it.
+        """
+        block_index = cluster >> self._block_bits
+        if block_index >= len(self.table) or not self.table[block_index]:
+            raise self._wrong_count(cluster, 0, change)
+        block = self.block(block_index)
+        index = cluster & self._block_mask
+        count = self._get(block, index) + change
+        if count < 0:
+            raise self._wrong_count(cluster, count - change, change)
+        if count > self.geometry.max_refcount:
+            raise ImageLimitError(
+                f"{self._node}: the refcount of cluster {cluster} does not fit {self._width} bits",
+                structure="refcount block entry",
+                expected=f"at most {self.geometry.max_refcount}",
+                found=str(count),
+                node=self._node,
+            )
+        self._set(block_index, block, index, count)
+        if count == 0:
+            self._hint = min(self._hint, cluster)
+        return count
+
+    def _set(self, block_index: int, block: Table, index: int, count: int) -> None:
+        if self._width >= 8:
+            block[index] = count
+            unit = index
+        else:
+            position = index * self._width
+            unit = position >> 3
+            shift = position & 7
+            block[unit] = block[unit] & ~(((1 << self._width) - 1) << shift) | count << shift
+        self.cache.mark_dirty(self.table[block_index], unit, unit + 1)
+
+    def _wrong_count(self, cluster: int, count: int, change: int) -> ImageCorruptError:
+        return ImageCorruptError(
+            f"{self._node}: host cluster {cluster} has refcount {count} and cannot change by {change}",
+            structure="refcount block entry",
+            host_offset=cluster << self.geometry.cluster_bits,
+            expected=f"at least {-change}",
+            found=str(count),
+            node=self._node,
+        )
+
+    # -- allocating ---------------------------------------------------------------------------------------------------
+
+    def allocate(self, n_clusters: int, *, exactly: bool = False) -> tuple[int, int]:
+        """Take a run of free clusters, first fit: (first cluster, number taken, at least one).
+
+        With `exactly` the run has all `n_clusters`.  Each gets refcount 1.
+        """
+        start = self._hint
+        while True:
+            block_index = start >> self._block_bits
+            if block_index >= len(self.table) or not self.table[block_index]:
+                self._add_blocks(block_index)
+                continue
+            block = self.block(block_index)
+            index = self._find_free(block, start & self._block_mask)
+            if index is None:
+                start = (block_index + 1) << self._block_bits
+                if not exactly:
+                    self._hint = start
+                continue
+            first = (block_index << self._block_bits) + index
+            if not exactly:
+                self._hint = first
+            got = self._free_run(first, n_clusters, across_blocks=exactly)
+            if exactly and got < n_clusters:
+                start = first + got
+                continue
+            self._take(first, got)
+            return first, got
+
+    def release(self, first: int, n_clusters: int) -> list[tuple[int, int]]:
+        """Lower the refcounts of a run by one; the runs (first cluster, number) that nobody uses any more.
+
+        Raises MissingTableError with nothing changed, or ImageCorruptError.
+        """
+        for block_index in range(first >> self._block_bits, ((first + n_clusters - 1) >> self._block_bits) + 1):
+            if block_index < len(self.table) and self.table[block_index]:
+                self.block(block_index)
+        freed: list[tuple[int, int]] = []
+        cluster, end = first, first + n_clusters
+        while cluster < end:
+            index = cluster & self._block_mask
+            n = min(end - cluster, self._block_mask + 1 - index)
+            if not (n > 1 and self._release_ones(cluster, n)):
+                n = 1
+                if self.add(cluster, -1):
+                    cluster += 1
+                    continue
+            if freed and freed[-1][0] + freed[-1][1] == cluster:
+                freed[-1] = (freed[-1][0], freed[-1][1] + n)
+            else:
+                freed.append((cluster, n))
+            cluster += n
+        return freed
+
+    def _release_ones(self, cluster: int, n: int) -> bool:
+        """The whole run in one step, where it lies in one block and each count is one; False otherwise."""
+        block_index = cluster >> self._block_bits
+        if self._width < 8 or block_index >= len(self.table) or not self.table[block_index]:
+            return False
+        block = self.block(block_index)
+        index = cluster & self._block_mask
+        if block[index : index + n] != array(block.typecode, (1,)) * n:
+            return False
+        block[index : index + n] = zero_table(block.typecode, n * block.itemsize)
+        self.cache.mark_dirty(self.table[block_index], index, index + n)
+        self._hint = min(self._hint, cluster)
+        return True
+
+    def _find_free(self, block: Table, index: int) -> int | None:
+        if self._width >= 8:
+            try:
+                return block.index(0, index)
+            except ValueError:
+                return None
+        full = 0xFF
+        per_byte = 8 // self._width
+        end = len(block) * per_byte
+        while index < end:
+            if index % per_byte == 0 and self._width == 1 and block[index // per_byte] == full:
+                index += per_byte
+            elif self._get(block, index) == 0:
+                return index
+            else:
+                index += 1
+        return None
+
+    def _free_run(self, first: int, n_clusters: int, *, across_blocks: bool) -> int:
+        """How many clusters from `first` are free, up to `n_clusters`."""
+        got = 0
+        while got < n_clusters:
+            cluster = first + got
+            block_index = cluster >> self._block_bits
+            if block_index >= len(self.table) or not self.table[block_index]:
+                if not across_blocks:
+                    return got
+                self._add_blocks(block_index)
+                continue
+            if got and not cluster & self._block_mask and not across_blocks:
+                return got
+            block = self.block(block_index)
+            index = cluster & self._block_mask
+            n = min(n_clusters - got, self._block_mask + 1 - index)
+            free = self._zeroes_at(block, index, n)
+            got += free
+            if free < n:
+                return got
+        return got
+
+    def _zeroes_at(self, block: Table, index: int, n: int) -> int:
+        """How many of the `n` entries from `index` are zero before the first that is not."""
+        if self._width >= 8:
+            part = block[index : index + n]
+            if part.tobytes() == bytes(n * block.itemsize):
+                return n
+        for i in range(n):
+            if self._get(block, index + i):
+                return i
+        return n
+
+    def _take(self, first: int, n_clusters: int) -> None:
+        """Set the refcount of free clusters to 1."""
+        for block_index in range(first >> self._block_bits, ((first + n_clusters - 1) >> self._block_bits) + 1):
+            self.block(block_index)  # all of them must be here before the first is changed
+        done = 0
+        while done < n_clusters:
+            cluster = first + done
+            block_index = cluster >> self._block_bits
+            block = self.block(block_index)
+            index = cluster & self._block_mask
+            n = min(n_clusters - done, self._block_mask + 1 - index)
+            if self._width >= 8:
+                block[index : index + n] = array(block.typecode, (1,)) * n
+                self.cache.mark_dirty(self.table[block_index], index, index + n)
+            else:
+                for i in range(index, index + n):
+                    self._set(block_index, block, i, 1)
+            done += n
+        self._hint = max(self._hint, first + n_clusters) if self._hint >= first else self._hint
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    def _add_blocks(self, block_index: int) -> None:
+        """Make refcount blocks for the clusters of table entry `block_index`, in the first of those clusters.
+
+        Nothing can be in use there yet, so the blocks count themselves and no other block has to change.  Small clusters
+        get several at once: a table entry costs a barrier at the flush that first uses it.
+        """
+        if block_index >= len(self.table):
+            self._grow_table(block_index)
+            return
+        n_blocks = 1
+        coverage = self.geometry.cluster_size << self._block_bits
+        while (
+            n_blocks * coverage < 16 << 20
+            and n_blocks * 4 < self._block_mask
+            and block_index + n_blocks < len(self.table)
+            and not self.table[block_index + n_blocks]
+        ):
+            n_blocks += 1
+        self._place_blocks(block_index, n_blocks)
+
+    def _place_blocks(self, block_index: int, n_blocks: int) -> None:
+        first = block_index << self._block_bits
+        cluster_bits = self.geometry.cluster_bits
+        if (first + n_blocks) << cluster_bits >= layout.MAX_HOST_OFFSET:
+            raise ImageLimitError(f"{self._node}: the image file cannot grow beyond 64 PiB", node=self._node)
+        for i in range(n_blocks):
+            offset = (first + i) << cluster_bits
+            self.table[block_index + i] = offset
+            self.dirty_table_entries.add(block_index + i)
+            self.cache.insert(offset, zero_table(self.cache.typecode, self.geometry.cluster_size), dirty=True)
+        self._take(first, n_blocks)
+
+    def _grow_table(self, block_index: int) -> None:
+        """A larger refcount table, placed with the blocks that count it in clusters that no block counted so far."""
+        geometry = self.geometry
+        old_clusters = len(self.table) * 8 >> geometry.cluster_bits
+        wanted = max(old_clusters * 3 // 2, ((block_index + 1) * 8 >> geometry.cluster_bits) + 1)
+        if wanted << geometry.cluster_bits > layout.MAX_REFCOUNT_TABLE_BYTES:
+            wanted = layout.MAX_REFCOUNT_TABLE_BYTES >> geometry.cluster_bits
+            if block_index >= (wanted << geometry.cluster_bits) // 8:
+                raise ImageLimitError(
+                    f"{self._node}: the refcount table cannot grow beyond {layout.MAX_REFCOUNT_TABLE_BYTES} bytes",
+                    structure="refcount table",
+                    node=self._node,
+                )
+        n_blocks = 1
+        while n_blocks << self._block_bits < n_blocks + wanted:
+            n_blocks += 1
+        wanted = max(wanted, ((block_index + n_blocks) * 8 >> geometry.cluster_bits) + 1)
+        old_first = self.table_offset >> geometry.cluster_bits
+        self.table.extend(array("Q", bytes((wanted << geometry.cluster_bits) - len(self.table) * 8)))
+        self._place_blocks(block_index, n_blocks)
+        table_first = (block_index << self._block_bits) + n_blocks
+        self._take(table_first, wanted)
+        self.outgrown_tables.append((old_first, old_clusters))
+        self.table_offset = table_first << geometry.cluster_bits
+        self.table_moved = True

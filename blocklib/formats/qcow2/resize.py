@@ -1,0 +1,163 @@
+"""Changing the size of an image, preallocating its clusters, and telling whether that was done."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Final
+
+from blocklib.errors import ImageLimitError, UnsupportedFeatureError
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.tables import Table, table_to_bytes
+from blocklib.formats.qcow2.zeroing import forget_range
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import Preallocation
+
+
+def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
+    """Make the disk `size` bytes (a multiple of 512) long; the caller has drained it.
+
+    Raises ImageLimitError where the L1 table would grow too large.
+    """
+    old_size = node.size
+    if size < old_size:
+        _shrink(node, size)
+    elif size > old_size:
+        _grow(node, size)
+        if preallocation != "off":
+            preallocate(node, node.geometry.round_up(old_size), size, preallocation)
+
+
+def _grow(node: Qcow2Node, size: int) -> None:
+    geometry = node.geometry
+    entries = geometry.l1_entries_for(size)
+    if entries * layout.TABLE_ENTRY_LENGTH > node.limits.l1_bytes or size > geometry.max_virtual_size:
+        raise ImageLimitError(
+            f"{node.filename}: {size} bytes need an L1 table of {entries} entries; larger clusters reach further",
+            structure="L1 table",
+            expected=f"at most {node.limits.l1_bytes} bytes",
+            found=str(entries * layout.TABLE_ENTRY_LENGTH),
+            node=node.filename,
+        )
+    with node.writeback.structure:
+        node.writeback.flush()
+        old_l1, old_offset = node.mapping.l1, node.mapping.l1_offset
+        if entries > len(old_l1):
+            clusters = geometry.l1_clusters_for(entries)
+            first, _n = node.retry(lambda: node.refcounts.allocate(clusters, exactly=True))
+            new_l1 = old_l1 + array("Q", bytes((clusters << geometry.cluster_bits) - len(old_l1) * 8))
+            new_offset = first << geometry.cluster_bits
+            node.file.write(new_offset, (table_to_bytes(new_l1),))
+            node.writeback.flush()
+            node.mapping.l1, node.mapping.l1_offset = new_l1, new_offset
+            node.header.l1_size, node.header.l1_table_offset = entries, new_offset
+        node.header.size = node.size = size
+        node.rewrite_header()
+        node.file.flush()
+        if node.mapping.l1_offset != old_offset:
+            with node.lock:
+                old_clusters = geometry.l1_clusters_for(len(old_l1))
+                node.writeback.freed.append((old_offset >> geometry.cluster_bits, old_clusters))
+
+
+def _shrink(node: Qcow2Node, size: int) -> None:
+    if node.header.nb_snapshots:
+        raise UnsupportedFeatureError(
+            f"{node.filename}: an image with internal snapshots cannot shrink",
+            features=("internal snapshots",),
+            node=node.filename,
+        )
+    geometry = node.geometry
+    with node.writeback.structure:
+        keep = geometry.round_up(size)
+        forget_range(node, keep, geometry.round_up(node.size) - keep)
+        node.writeback.flush()
+        node.header.size = node.size = size
+        node.rewrite_header()
+        node.file.flush()
+
+
+def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> None:
+    """Give every unmapped cluster of [offset, end) a host cluster that reads as zero, and the file room for them."""
+    geometry, mapping = node.geometry, node.mapping
+    slice_bytes = mapping.slice_entries << geometry.cluster_bits
+    file_end = node.file.size
+    host_end = file_end
+    end = geometry.round_up(end)
+    while offset < end:
+        stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
+        for first, n in node.retry(lambda offset=offset, stop=stop: _map_all(node, offset, stop)):  # type: ignore[misc]
+            start = first << geometry.cluster_bits
+            host_end = max(host_end, start + (n << geometry.cluster_bits))
+            if start < file_end:  # space that was used before
+                node.file.write_zeroes(start, min(n << geometry.cluster_bits, file_end - start), unmap=False)
+        offset = stop
+    if host_end > file_end:
+        node.file.truncate(host_end, "off" if mode == "metadata" else mode)
+    node.writeback.flush()
+
+
+def _map_all(node: Qcow2Node, offset: int, end: int) -> list[tuple[int, int]]:
+    """Link a fresh host cluster to every unmapped cluster of one L2 slice; the runs that were taken."""
+    mapping, bits = node.mapping, node.geometry.cluster_bits
+    runs = []
+    slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
+    index = mapping.index_in_slice(offset)
+    stop = index + ((end - offset) >> bits)
+    while index < stop:
+        free = _unmapped_run(table, index, stop)
+        if not free:
+            index += 1
+            continue
+        first, n = node.refcounts.allocate(free)
+        mapping.link(slice_offset, table, index, first << bits, n)
+        runs.append((first, n))
+        index += n
+    return runs
+
+
+def _unmapped_run(table: Table, index: int, stop: int) -> int:
+    part = table[index:stop]
+    if part.tobytes() == bytes(len(part) * part.itemsize):
+        return len(part)
+    return next((i for i, entry in enumerate(part) if entry), len(part))
+
+
+def looks_preallocated(node: Qcow2Node) -> bool:
+    """Whether clearly more clusters are in use than the file occupies on its host: some of them are holes.
+
+    The thresholds are QEMU's, so that block status says the same for the same image.
+    """
+    occupied = node.allocated_size()
+    if occupied is None:
+        return False
+    geometry = node.geometry
+    real_clusters = occupied >> geometry.cluster_bits
+    cutoff = max(real_clusters * 10 // 9, real_clusters + 2)
+    file_clusters = geometry.clusters_for(node.file.size)
+    if file_clusters < cutoff:
+        return False
+    used = 0
+    refcounts = node.refcounts
+    for block_index in range(min(len(refcounts.table), (file_clusters >> geometry.refcount_block_bits) + 1)):
+        if refcounts.table[block_index]:
+            block = node.retry(lambda block_index=block_index: refcounts.block(block_index))  # type: ignore[misc]
+            used += _count_used(block, geometry.refcount_bits)
+            if used >= cutoff:
+                return True
+    return False
+
+
+_USED_FIELDS: Final = {
+    width: bytes(
+        sum(1 for shift in range(0, 8, width) if byte >> shift & ((1 << width) - 1)) for byte in range(256)
+    )
+    for width in (1, 2, 4)
+}
+
+
+def _count_used(block: Table, width: int) -> int:
+    if width >= 8:
+        return len(block) - block.count(0)
+    return sum(block.tobytes().translate(_USED_FIELDS[width]))

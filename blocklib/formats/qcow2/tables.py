@@ -1,0 +1,80 @@
+"""qcow2 tables in memory: arrays of native integers, byte-swapped once where they meet the file.
+
+A table is an ``array`` ("Q" for L1, L2 and the refcount table; "B", "H", "I" or "Q" for refcount blocks), so that scalar
+code indexes it cheaply and numpy and kernels can wrap the same memory when the work is large.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from blocklib.errors import ImageCorruptError
+
+if TYPE_CHECKING:
+    from blocklib.graph import Edge
+
+Table: TypeAlias = "array[int]"
+
+_SWAP = sys.byteorder == "little"
+
+
+def table_from_bytes(typecode: str, data: bytes | bytearray | memoryview) -> Table:
+    """The big-endian integers in `data`, as a table of native ones."""
+    table = array(typecode)
+    table.frombytes(data)
+    if _SWAP and table.itemsize > 1:
+        table.byteswap()
+    return table
+
+
+def table_to_bytes(table: Table) -> bytes:
+    """The inverse of `table_from_bytes`; the table itself is left as it is."""
+    if _SWAP and table.itemsize > 1:
+        table = table[:]
+        table.byteswap()
+    return table.tobytes()
+
+
+def zero_table(typecode: str, length: int) -> Table:
+    """A table of `length` bytes, all zero."""
+    return array(typecode, bytes(length))
+
+
+def read_table(file: Edge, typecode: str, host_offset: int, length: int) -> Table:
+    """Load a table of `length` bytes from `host_offset`; what lies past the end of the file reads as zero."""
+    buffer = bytearray(length)
+    file.read(host_offset, memoryview(buffer))
+    return table_from_bytes(typecode, buffer)
+
+
+def check_host_offset(
+    host_offset: int, file_size: int, cluster_mask: int, structure: str, *, entry: int, node: str | None
+) -> None:
+    """Raises ImageCorruptError unless `host_offset`, taken from `entry`, is a cluster inside the file."""
+    if host_offset & cluster_mask:
+        raise ImageCorruptError(
+            f"{node}: {structure} {entry:#x} points at {host_offset:#x}, which is not cluster aligned",
+            structure=structure,
+            host_offset=host_offset,
+            expected=f"a multiple of {cluster_mask + 1}",
+            found=f"{host_offset:#x}",
+            node=node,
+        )
+    if host_offset == 0 or host_offset >= file_size:
+        raise ImageCorruptError(
+            f"{node}: {structure} {entry:#x} points at {host_offset:#x}, outside the file",
+            structure=structure,
+            host_offset=host_offset,
+            expected=f"an offset above 0 and below {file_size}",
+            found=f"{host_offset:#x}",
+            node=node,
+        )
+
+
+def numpy_view(table: Table) -> Any:
+    """The same memory as a numpy array."""
+    import numpy as np
+
+    return np.frombuffer(table, dtype=f"u{table.itemsize}")

@@ -1,0 +1,119 @@
+"""Ranges that lose their content: made zero, discarded, or forgotten so that the backing file shows through.
+
+All of them replace L2 entries and leave the host clusters to the write-back, which frees them once that is safe.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.tables import Table
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.node import Qcow2Node
+
+_REFERENCE = layout.FLAG_COMPRESSED | layout.OFFSET_MASK
+"""A standard entry refers to a host cluster if any of these bits is set."""
+
+
+def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> None:
+    """Make whole clusters read as zero.  With `unmap` their host clusters are given back, otherwise kept."""
+    if node.header.version == layout.VERSION_2:
+        # An absent cluster is the only zero there is; the node offers this only where nothing lies below.
+        _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+        return
+
+    def choose(entry: int) -> int:
+        if unmap or entry & layout.FLAG_COMPRESSED or not entry & layout.OFFSET_MASK:
+            return layout.FLAG_ZERO
+        return entry | layout.FLAG_ZERO
+
+    _each_slice(node, offset, length, choose, skip_unmapped=not _shows_backing(node))
+
+
+def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
+    """Give whole clusters back.  They read as zero afterwards; where that cannot be said, nothing is done."""
+    shows_backing = _shows_backing(node)
+    if node.header.version == layout.VERSION_2:
+        if not shows_backing:
+            _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+        return
+
+    def choose(entry: int) -> int:
+        return layout.FLAG_ZERO if shows_backing or entry & _REFERENCE else entry
+
+    _each_slice(node, offset, length, choose, skip_unmapped=not shows_backing)
+
+
+def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
+    """Unmap whole clusters, and the L2 tables that map nothing else; the caller has drained the node."""
+    _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+    mapping = node.mapping
+    shift = node.geometry.l1_shift
+    first = -(-offset >> shift)
+    stop = min((offset + length) >> shift, len(mapping.l1))
+    if offset + length >= node.geometry.round_up(node.size):
+        stop = len(mapping.l1)  # nothing lies behind: the last table goes, however little of the disk it maps
+    for l1_index in range(first, stop):
+        with node.lock:
+            _forget_table(node, l1_index)
+
+
+def _forget_table(node: Qcow2Node, l1_index: int) -> None:
+    mapping = node.mapping
+    host_offset = mapping.l1[l1_index] & layout.OFFSET_MASK
+    if not host_offset:
+        return
+    for start in range(0, node.geometry.cluster_size, mapping.slice_length):
+        mapping.cache.drop(host_offset + start)
+    mapping.new_tables.pop(host_offset, None)
+    mapping.l1[l1_index] = 0
+    mapping.dirty_l1.add(l1_index)
+    node.writeback.freed.append((host_offset >> node.geometry.cluster_bits, 1))
+
+
+def _shows_backing(node: Qcow2Node) -> bool:
+    return node.header.backing_name is not None or "backing" in node.children
+
+
+def _each_slice(
+    node: Qcow2Node, offset: int, length: int, choose: Callable[[int], int], *, skip_unmapped: bool
+) -> None:
+    """Replace the L2 entries of a range by what `choose` makes of each, one L2 slice at a time."""
+    node.check_usable()
+    mapping = node.mapping
+    slice_bytes = mapping.slice_entries << node.geometry.cluster_bits
+    end = node.geometry.round_up(offset + length)
+    while offset < end:
+        if skip_unmapped and mapping.slice_at(offset) is None:
+            offset += mapping.unmapped_length(offset, min(end, node.geometry.round_up(node.size)) - offset)
+            continue
+        stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
+        node.retry(lambda offset=offset, stop=stop: _change(node, offset, stop, choose))  # type: ignore[misc]
+        node.writeback.relieve()
+        offset = stop
+
+
+def _change(node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int]) -> None:
+    mapping, bits = node.mapping, node.geometry.cluster_bits
+    node.allocations.wait_for_all(offset >> bits, end >> bits)
+    slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
+    index = mapping.index_in_slice(offset)
+    before = table[index : index + ((end - offset) >> bits)]
+    after = _chosen(before, choose)
+    mapping.replace(slice_offset, table, index, after)
+    lost = [
+        old
+        for old, new in zip(before, after, strict=True)
+        if old & _REFERENCE and (old & layout.FLAG_COMPRESSED or not new & layout.OFFSET_MASK)
+    ]
+    node.writeback.freed.extend(mapping.host_clusters_of(lost))
+
+
+def _chosen(entries: Table, choose: Callable[[int], int]) -> Table:
+    if entries.tobytes() == bytes(len(entries) * entries.itemsize):
+        return array("Q", (choose(0),)) * len(entries)
+    return array("Q", map(choose, entries))

@@ -1,0 +1,394 @@
+"""Edges of the block graph: who uses whom, with which permissions; drain, reopen and changes that are all or nothing.
+
+Permissions are QEMU's (``BLK_PERM_*``).  Each edge says what it needs and what it lets others hold; a change that
+contradicts an edge raises GraphConflictError and leaves the graph as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from blocklib import plan
+from blocklib.errors import GraphConflictError
+from blocklib.node import Node, PendingChange, Preallocation
+
+if TYPE_CHECKING:
+    from blocklib.requests import RequestTracker
+
+CONSISTENT_READ: Final = 0x1
+"""What is read is a state that the users of the node meant."""
+WRITE: Final = 0x2
+WRITE_UNCHANGED: Final = 0x4
+"""Writes that change no guest-visible byte (copy-on-read, stream)."""
+RESIZE: Final = 0x8
+ALL: Final = 0xF
+
+PERMISSION_NAMES: Final = {
+    CONSISTENT_READ: "consistent read",
+    WRITE: "write",
+    WRITE_UNCHANGED: "write unchanged",
+    RESIZE: "resize",
+}
+
+lock: Final = threading.RLock()
+"""One graph writer at a time."""
+
+
+def permission_names(permissions: int) -> str:
+    return ", ".join(name for bit, name in PERMISSION_NAMES.items() if permissions & bit) or "none"
+
+
+class Edge:
+    """A link from a parent (a node, or a Disk at the root) to a node, and the way requests take along it.
+
+    The parent may send any offset and length; what the child needs in alignment is made here.
+    """
+
+    __slots__ = ("name", "node", "parent", "shared", "tracker", "wanted")
+
+    def __init__(
+        self,
+        parent: Node | None,
+        name: str,
+        node: Node,
+        wanted: int,
+        shared: int,
+        *,
+        tracker: RequestTracker | None = None,
+    ) -> None:
+        self.parent = parent
+        self.name = name
+        self.node = node
+        self.wanted = wanted
+        self.shared = shared
+        self.tracker = tracker
+        """Where requests of a root are counted; None for an edge inside the graph."""
+
+    def __repr__(self) -> str:
+        owner = self.parent.name if self.parent is not None else "user"
+        return f"<Edge {owner}.{self.name} -> {self.node.name}: {permission_names(self.wanted)}>"
+
+    def describe(self) -> str:
+        """Who this is, for an error text."""
+        if self.parent is None:
+            return f"a user of {self.node.filename or self.node.name}"
+        return f"{self.parent.filename or self.parent.name} (as its {self.name})"
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from child `offset`; past the child's end it reads as zero."""
+        node = self.node
+        if not node.is_leaf:
+            plan.read(node, offset, view)
+        elif node.request_alignment == 1:
+            node.preadv(offset, (view,))
+        else:
+            plan.read_padded(node, offset, view)
+
+    def write(self, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
+        """Write all of `views`, one after the other, at child `offset`."""
+        node = self.node
+        if not node.is_leaf:
+            for view in views:
+                data = memoryview(view)
+                plan.write(node, offset, data)
+                offset += len(data)
+        elif node.request_alignment == 1:
+            node.pwritev(offset, views)
+        else:
+            plan.write_padded(node, offset, views)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range read as zero.  Past the end of a leaf, the leaf grows."""
+        plan.write_zeroes(self.node, offset, length, unmap=unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        plan.discard(self.node, offset, length)
+
+    def flush(self) -> None:
+        self.node.flush()
+
+    def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
+        plan.truncate(self.node, size, preallocation)
+
+    @property
+    def size(self) -> int:
+        return self.node.size
+
+
+class Transaction:
+    """Graph changes that happen together or not at all.  Use it as a context manager, with the roots concerned drained.
+
+    Each change is made at once and remembered; leaving the block claims the permissions (and file locks) of the new
+    graph and then commits, or undoes every change if that, or the block, raised.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._pending: list[PendingChange] = []
+        self._touched: list[Node] = []
+        self._released: list[Node] = []
+        self._read_only: dict[Node, bool] = {}
+
+    def __enter__(self) -> Transaction:
+        lock.acquire()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None:
+                try:
+                    self._claim_permissions()
+                except BaseException:
+                    self._roll_back()
+                    raise
+                for change in self._pending:
+                    change.commit()
+                self._close_released()
+            else:
+                self._roll_back()
+        finally:
+            lock.release()
+
+    def attach(
+        self,
+        parent: Node | None,
+        name: str,
+        node: Node,
+        *,
+        wanted: int = 0,
+        shared: int = ALL,
+        tracker: RequestTracker | None = None,
+    ) -> Edge:
+        """A new edge; for a node as parent the permissions are computed, for a user they are `wanted` and `shared`."""
+        if parent is not None and (node is parent or parent in _below(node)):
+            raise GraphConflictError(f"{parent.name} would come to stand below itself", other=node.name)
+        edge = Edge(parent, name, node, wanted, shared, tracker=tracker)
+        if parent is not None:
+            if name in parent.children:
+                raise GraphConflictError(f"{parent.name} has a child named {name}", other=parent.children[name].node.name)
+            parent.children[name] = edge
+            self._undo.append(lambda: _forget_child(parent, name))
+        node.parents.append(edge)
+        self._undo.append(lambda: node.parents.remove(edge))
+        self._touch(parent if parent is not None else node)
+        self._touch(node)
+        return edge
+
+    def detach(self, edge: Edge) -> None:
+        """Remove an edge; a node that nobody uses any more is closed when the transaction commits."""
+        parent, node = edge.parent, edge.node
+        if parent is not None:
+            del parent.children[edge.name]
+            self._undo.append(lambda: parent.children.__setitem__(edge.name, edge))
+        node.parents.remove(edge)
+        self._undo.append(lambda: node.parents.append(edge))
+        self._touch(node)
+        self._released.append(node)
+
+    def redirect(self, edge: Edge, node: Node) -> None:
+        """Make `edge` point at another node."""
+        old = edge.node
+        if edge.parent is not None and edge.parent in (node, *_below(node)):
+            raise GraphConflictError(f"{edge.parent.name} would come to stand below itself", other=node.name)
+        old.parents.remove(edge)
+        self._undo.append(lambda: old.parents.append(edge))
+        edge.node = node
+        self._undo.append(lambda: setattr(edge, "node", old))
+        node.parents.append(edge)
+        self._undo.append(lambda: node.parents.remove(edge))
+        self._touch(node)
+        self._touch(old)
+        self._released.append(old)
+
+    def set_permissions(self, edge: Edge, *, wanted: int, shared: int) -> None:
+        """Change what a user's edge needs and shares."""
+        before = edge.wanted, edge.shared
+
+        def restore() -> None:
+            edge.wanted, edge.shared = before
+
+        self._undo.append(restore)
+        edge.wanted, edge.shared = wanted, shared
+        self._touch(edge.node)
+
+    def reopen(self, node: Node, *, read_only: bool) -> None:
+        """Make a node and what stores its bytes writable or read-only."""
+        if node.read_only == read_only or node in self._read_only:
+            return
+        self._read_only[node] = read_only
+        for name, edge in node.children.items():
+            if name != "backing":
+                self.reopen(edge.node, read_only=read_only)
+        self._pending.append(node.prepare_reopen(read_only=read_only))
+        self._touch(node)
+
+    def _touch(self, node: Node) -> None:
+        if node not in self._touched:
+            self._touched.append(node)
+
+    def _claim_permissions(self) -> None:
+        for node in _top_down(self._touched):
+            wanted, shared = _cumulative(node)
+            read_only = self._read_only.get(node, node.read_only)
+            for name, edge in node.children.items():
+                before = edge.wanted, edge.shared
+                edge.wanted, edge.shared = node.child_permissions(name, wanted, shared, read_only=read_only)
+                self._undo.append(lambda edge=edge, before=before: _restore(edge, before))  # type: ignore[misc]
+            if node.parents:
+                change = node.prepare_permissions(wanted, shared)
+                if change is not None:
+                    self._pending.append(change)
+
+    def _roll_back(self) -> None:
+        for change in reversed(self._pending):
+            change.abort()
+        for undo in reversed(self._undo):
+            undo()
+
+    def _close_released(self) -> None:
+        first_error: BaseException | None = None
+        for node in self._released:
+            if not node.parents:
+                try:
+                    close_tree(node)
+                except Exception as exc:
+                    first_error = first_error or exc
+        if first_error is not None:
+            raise first_error
+
+
+def close_tree(node: Node, *, abandon: bool = False) -> None:
+    """Close a node that nobody uses and release its children; every node is closed, then the first error is raised."""
+    first_error: BaseException | None = None
+    try:
+        if abandon or node.poisoned is not None:
+            node.abandon()
+        else:
+            node.close()
+    except Exception as exc:
+        first_error = exc
+    for name, edge in list(node.children.items()):
+        del node.children[name]
+        edge.node.parents.remove(edge)
+        if not edge.node.parents:
+            try:
+                close_tree(edge.node, abandon=abandon)
+            except Exception as exc:
+                first_error = first_error or exc
+    if first_error is not None:
+        raise first_error
+
+
+def _forget_child(parent: Node, name: str) -> None:
+    del parent.children[name]
+
+
+def _restore(edge: Edge, before: tuple[int, int]) -> None:
+    edge.wanted, edge.shared = before
+
+
+def _below(node: Node) -> Iterator[Node]:
+    for edge in node.children.values():
+        yield edge.node
+        yield from _below(edge.node)
+
+
+def _top_down(nodes: Sequence[Node]) -> list[Node]:
+    """`nodes` and everything below them, each after all of its parents among them."""
+    ordered: list[Node] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for edge in node.children.values():
+            visit(edge.node)
+        ordered.append(node)
+
+    for node in nodes:
+        visit(node)
+    ordered.reverse()
+    return ordered
+
+
+def _cumulative(node: Node) -> tuple[int, int]:
+    """(wanted, shared) over all users of a node.  Raises GraphConflictError where two of them exclude each other."""
+    wanted, shared = 0, ALL
+    for edge in node.parents:
+        for other in node.parents:
+            refused = edge.wanted & ~other.shared
+            if other is not edge and refused:
+                raise GraphConflictError(
+                    f"{node.filename or node.name}: {edge.describe()} needs {permission_names(refused)} access, "
+                    f"which {other.describe()} does not allow",
+                    other=other.parent.name if other.parent is not None else None,
+                    node=node.name,
+                )
+        wanted |= edge.wanted
+        shared &= edge.shared
+    return wanted, shared
+
+
+def roots_above(node: Node) -> list[Edge]:
+    """The edges of users from which `node` can be reached."""
+    roots: list[Edge] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for edge in node.parents:
+            if edge.parent is None:
+                roots.append(edge)
+            else:
+                visit(edge.parent)
+
+    visit(node)
+    return roots
+
+
+@contextmanager
+def drained(*nodes: Node) -> Iterator[None]:
+    """No request of any user is inside while the block runs; nests.  Raises UsageError from inside a request."""
+    with lock:
+        trackers = []
+        for node in nodes:
+            for edge in roots_above(node):
+                if edge.tracker is not None and edge.tracker not in trackers:
+                    trackers.append(edge.tracker)
+    held = []
+    try:
+        for tracker in trackers:
+            tracker.drain()
+            held.append(tracker)
+        yield
+    finally:
+        for tracker in held:
+            tracker.undrain()
+
+
+def backing_of(node: Node) -> Node | None:
+    """The node below in the backing chain, filters passed through."""
+    edge = node.children.get("backing")
+    if edge is None and node.is_filter:
+        edge = node.children.get("file")
+        return backing_of(edge.node) if edge is not None else None
+    return edge.node if edge is not None else None
+
+
+def chain(node: Node) -> list[Node]:
+    """The images of a backing chain, top first; a protocol node that an image is stored in is not one of them."""
+    nodes: list[Node] = []
+    current: Node | None = node
+    while current is not None:
+        nodes.append(current)
+        edge = current.children.get("backing")
+        if edge is None and current.is_filter:
+            edge = current.children.get("file")
+        current = edge.node if edge is not None else None
+    return nodes

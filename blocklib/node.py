@@ -1,0 +1,268 @@
+"""Node: the contract that every driver keeps, and Filter, the base that refuses what it does not know.
+
+A node is a vertex of the block graph.  It answers where a range lives (`resolve`) and prepares places to be written
+(`prepare_write`); who moves the bytes is `blocklib.plan`.  Requests reach a node aligned to what it declares and inside its
+size; a node keeps no buffer after it returns, never touches the nodes above it and never changes the graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+from blocklib.errors import PoisonedError, ReadOnlyError, UsageError
+from blocklib.requests import RangeLock
+
+if TYPE_CHECKING:
+    from blocklib.extents import Run, RunTable
+    from blocklib.graph import Edge
+    from blocklib.requests import RequestTracker
+
+DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
+Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
+
+_anonymous = itertools.count()
+
+
+class NamedReference(NamedTuple):
+    """A file that an image names: what kind of reference it is, the name as stored, and the format stored with it."""
+
+    kind: str
+    name: str
+    format: str | None
+
+
+class WriteTicket:
+    """Fresh space for one run of a write, not yet part of the image.
+
+    `head` and `tail` are the numbers of guest bytes before and after the run that share its clusters and must be copied.
+    The caller writes head, data and tail as one vector and then calls `commit`, or `abort` when the write failed.
+    """
+
+    __slots__ = ("head", "tail")
+
+    head: int
+    tail: int
+
+    def commit(self) -> None:
+        """Link the new place: from now on readers and flushes see it."""
+        raise UsageError("this ticket cannot be committed")
+
+    def abort(self) -> None:
+        """Give the space back; the image is as before."""
+        raise UsageError("this ticket cannot be aborted")
+
+
+WriteRun: TypeAlias = "tuple[Edge, int, int, WriteTicket | None]"
+"""(child, child offset in bytes, length in bytes, ticket or None where the child may be written in place)."""
+
+
+class PendingChange:
+    """The prepared half of a two-phase change of a node (a reopen, other permissions); exactly one method is called."""
+
+    __slots__ = ("_abort", "_commit")
+
+    def __init__(self, commit: Callable[[], None], abort: Callable[[], None]) -> None:
+        self._commit = commit
+        self._abort = abort
+
+    def commit(self) -> None:
+        self._commit()
+
+    def abort(self) -> None:
+        self._abort()
+
+
+class Node:
+    """The driver contract.  Offsets and lengths are bytes; `offset` is an offset of this node, `child_offset` one of a child."""
+
+    driver: ClassVar[str]
+    """The name of the driver, in QEMU's spelling."""
+    is_leaf: ClassVar[bool] = False
+    """A protocol node: it has no children and moves bytes itself (`preadv`, `pwritev`)."""
+    is_device = False
+    """A leaf over a block device: its size is not ours to change."""
+    is_filter: ClassVar[bool] = False
+    """Passes its one child's content through unchanged."""
+    sees_reads: ClassVar[bool] = False
+    """Reads may not pass this node unseen: they are issued through `read_special`."""
+    sees_writes: ClassVar[bool] = False
+
+    def __init__(self, name: str | None, filename: str | None, *, read_only: bool) -> None:
+        self.name = name or f"#block{next(_anonymous):03d}"
+        self.filename = filename
+        self.read_only = read_only
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.size = 0
+        self.request_alignment = 1
+        self.zero_alignment = 1
+        self.zeroes_by_metadata = True
+        """Whether `zero_range` works; otherwise zeroes are written as bytes."""
+        self.detect_zeroes: DetectZeroes = "off"
+        self.discard_passes = False
+        self.tracker: RequestTracker | None = None
+        self.write_ranges = RangeLock()
+        self.poisoned: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.filename or self.driver}>"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Self:
+        """A node made from checked options (dotted names, see `blocklib.options`); opens nothing yet."""
+        raise UsageError(f"{cls.driver}: not made from options")
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read what must be known before the first request; writes nothing.
+
+        Raises ImageError for bytes that make no sense, StorageError when the host fails.
+        """
+
+    def activate(self) -> None:
+        """Called once the whole chain is open and the node is writable: clear or set what an open image says of itself."""
+
+    def close(self) -> None:
+        """Make everything durable and let go of what the node holds; the children are released by the graph."""
+
+    def abandon(self) -> None:
+        """Let go without writing anything: the caches of a poisoned, collected or forked node are dropped."""
+
+    def references(self) -> Sequence[NamedReference]:
+        """The files that this image names."""
+        return ()
+
+    def prepare_reopen(self, *, read_only: bool) -> PendingChange:
+        """Get ready to become writable or read-only; nothing changes for requests before the commit."""
+
+        def commit() -> None:
+            self.read_only = read_only
+
+        return PendingChange(commit, lambda: None)
+
+    # -- permissions --------------------------------------------------------------------------------------------------
+
+    def child_permissions(self, child_name: str, wanted: int, shared: int, *, read_only: bool) -> tuple[int, int]:
+        """(permissions needed on a child, permissions others may hold there) when users of this node want `wanted`."""
+        return wanted, shared
+
+    def prepare_permissions(self, wanted: int, shared: int) -> PendingChange | None:
+        """Claim outside this process what `wanted` and `shared` imply (file locks); None where there is nothing to claim.
+
+        Raises LockedError.
+        """
+        return None
+
+    # -- where ranges live --------------------------------------------------------------------------------------------
+
+    def resolve(self, offset: int, length: int) -> Run:
+        """Where `offset` lives and for how many bytes (1 <= run length <= length) the answer holds.
+
+        A leaf says which part is data and which is a hole, with child None.  Valid while the request that asked is tracked.
+        """
+        raise UsageError(f"{self.driver}: nothing to resolve")
+
+    def resolve_table(self, offset: int, length: int) -> RunTable:
+        """The same answer for a whole range: rows of RUN_DTYPE, ascending, contiguous, coalesced, covering exactly the range."""
+        import numpy as np
+
+        from blocklib import extents
+
+        rows = []
+        end = offset + length
+        while offset < end:
+            kind, _child, child_offset, n, flags = self.resolve(offset, end - offset)
+            rows.append((offset, n, child_offset, kind, flags))
+            offset += n
+        return np.array(rows, dtype=extents.RUN_DTYPE)
+
+    def ask_for_holes(self) -> None:
+        """Called before block status is reported: find out once whether data may be holes in the child."""
+
+    def read_special(self, offset: int, view: memoryview) -> None:
+        """Fill `view` from a run that resolved to KIND_SPECIAL (not longer than that run)."""
+        raise UsageError(f"{self.driver}: nothing here needs decoding")
+
+    def data_edge(self) -> Edge | None:
+        """The child that KIND_DATA runs live in, or None where the node has no plain data."""
+        return self.children.get("file")
+
+    # -- changing them ------------------------------------------------------------------------------------------------
+
+    def prepare_write(self, offset: int, length: int) -> WriteRun:
+        """A place for the first part of [offset, offset + length): to be written in place, or fresh with a ticket.
+
+        Raises StorageError (ENOSPC), ImageLimitError, PoisonedError.
+        """
+        raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
+
+    def zero_part(self, offset: int, length: int) -> bool:
+        """Make part of one zeroing unit read as zero without writing bytes; False where bytes must be written."""
+        return False
+
+    def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range, aligned to `zero_alignment`, read as zero; with `unmap` give the space back where possible."""
+        raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
+
+    def discard_range(self, offset: int, length: int) -> None:
+        """The caller no longer needs the range, aligned to `zero_alignment`: what it reads as afterwards is the driver's choice."""
+        raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
+
+    def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
+        """Change the size; new bytes read as zero (backing files do not show through).  The caller has drained the node."""
+        raise ReadOnlyError(f"{self.driver}: cannot be resized", node=self.name)
+
+    def flush(self) -> None:
+        """Make every completed write durable."""
+        for edge in tuple(self.children.values()):
+            edge.flush()
+
+    # -- leaves only --------------------------------------------------------------------------------------------------
+
+    def preadv(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill `views` from the leaf; bytes past its end read as zero."""
+        raise UsageError(f"{self.driver}: not a protocol")
+
+    def pwritev(self, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
+        """Write all of `views`; past the end the leaf grows."""
+        raise UsageError(f"{self.driver}: not a protocol")
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def allocated_size(self) -> int | None:
+        """Bytes that the node occupies on the host, or None where that is unknown."""
+        edge = self.children.get("file")
+        return edge.node.allocated_size() if edge is not None else None
+
+    def cluster_size(self) -> int | None:
+        """The allocation unit in bytes, or None where there is none."""
+        return None
+
+    def info_facts(self) -> Mapping[str, Any]:
+        """Fields of ImageInfo that only this driver knows: encrypted, dirty, snapshots."""
+        return {}
+
+    def format_specific(self) -> Mapping[str, Any]:
+        """What ``qemu-img info`` prints under "format-specific", in QEMU's names; empty where there is nothing."""
+        return {}
+
+    # -- guards -------------------------------------------------------------------------------------------------------
+
+    def poison(self, reason: str) -> None:
+        """A metadata change was torn: refuse everything from now on but closing.  What is on disk stays valid."""
+        if self.poisoned is None:
+            self.poisoned = reason
+
+    def check_usable(self) -> None:
+        """Raises PoisonedError once `poison` was called."""
+        if self.poisoned is not None:
+            raise PoisonedError(f"{self.filename or self.name}: {self.poisoned}; close and reopen it", node=self.name)
+
+
+class Filter(Node):
+    """Passes its one child ("file") through unchanged.  What a filter does not declare is refused, never forwarded."""
+
+    is_filter = True

@@ -1,0 +1,213 @@
+"""Which options there are: one table per driver for opening and one for creating, in the names of QEMU's QAPI schema.
+
+A default of None means that nothing is assumed when the option is not given: who opens the node takes the value from
+the node above, from the image or from the caller's keywords.  Sizes and offsets are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from blocklib.drivers import check_name
+from blocklib.errors import OptionError
+from blocklib.sizes import MAX_SIZE, GiB, MiB
+
+Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node"]
+"""`name` is the name of a node; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
+Table: TypeAlias = Literal["open", "create"]
+
+
+class Option(NamedTuple):
+    """One option of one driver; `name` is dotted, `help` one line."""
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    """What a `choice` may be; for an `int`, the numbers that make sense, as text."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Other spellings of choices: (spelling, choice)."""
+    minimum: int = 0
+    maximum: int = MAX_SIZE
+    power_of_two: bool = False
+    required: bool = False
+
+
+_PREALLOCATED_FILE = ("off", "falloc", "full")
+_UINT32_MAX = (1 << 32) - 1
+
+COMMON: tuple[Option, ...] = (
+    Option("driver", "str", "Name of the driver"),
+    Option("node-name", "name", "Name of the node in the graph"),
+    Option(
+        "discard",
+        "choice",
+        "What becomes of discard requests: passed on, or dropped",
+        choices=("ignore", "unmap"),
+        aliases=(("off", "ignore"), ("on", "unmap")),
+    ),
+    Option(
+        "detect-zeroes",
+        "choice",
+        "Whether writes of zero bytes become write-zeroes requests, and those may unmap",
+        default="off",
+        choices=("off", "on", "unmap"),
+    ),
+    Option("cache.direct", "bool", "Bypass the page cache of the host (O_DIRECT)"),
+    Option("cache.no-flush", "bool", "Ignore flushes: faster, and not safe against a crash of the host"),
+    Option("read-only", "bool", "Open for reading only"),
+    Option("auto-read-only", "bool", "Fall back to reading only where writing is not permitted"),
+    Option("force-share", "bool", "Take no locks and accept writers elsewhere; needs read-only"),
+)
+
+_FILE: tuple[Option, ...] = (
+    Option("filename", "str", "Path of the file or device, taken literally", required=True),
+    Option(
+        "locking",
+        "choice",
+        "Whether to lock the file against other programs; auto: where the host has locks on open files",
+        default="auto",
+        choices=("auto", "on", "off"),
+    ),
+    Option(
+        "aio",
+        "choice",
+        "Accepted for compatibility: requests run in the threads that make them, whatever it says",
+        default="threads",
+        choices=("threads", "native", "io_uring"),
+    ),
+)
+
+_QCOW2: tuple[Option, ...] = (
+    Option("file", "node", "The node or file that holds the image", required=True),
+    Option("backing", "node", "The backing node instead of the one the image names; null for none at all"),
+    Option("lazy-refcounts", "bool", "Postpone updates of reference counts; default: what the image says"),
+    Option("pass-discard-request", "bool", "Pass discards on to the file, where discard is unmap", default=True),
+    Option("pass-discard-snapshot", "bool", "Discard in the file what deleting a snapshot frees", default=True),
+    Option("pass-discard-other", "bool", "Discard in the file what anything else frees", default=False),
+    Option("discard-no-unref", "bool", "Keep the host clusters of discarded guest clusters allocated", default=False),
+    Option("cache-size", "size", "Memory for both metadata caches together"),
+    Option("l2-cache-size", "size", "Memory for the cache of L2 tables"),
+    Option(
+        "l2-cache-entry-size",
+        "size",
+        "How much of an L2 table is loaded at once; a power of two, at most the cluster size",
+        minimum=512,
+        maximum=2 * MiB,
+        power_of_two=True,
+    ),
+    Option("refcount-cache-size", "size", "Memory for the cache of refcount blocks"),
+    Option(
+        "cache-clean-interval",
+        "int",
+        "Seconds after which unused metadata leaves the caches; 0: never",
+        default=600,
+        maximum=_UINT32_MAX,
+    ),
+)
+
+OPEN: Mapping[str, tuple[Option, ...]] = {
+    "file": _FILE,
+    "host_device": _FILE,
+    "memory": (Option("size", "size", "Size of the disk", default=0),),
+    "null-co": (
+        Option("size", "size", "Size of the disk", default=1 * GiB),
+        Option("read-zeroes", "bool", "Reads give zeroes; otherwise their buffers are left alone", default=False),
+    ),
+    "qcow2": _QCOW2,
+    "raw": (
+        Option("file", "node", "The node or file that holds the bytes", required=True),
+        Option("offset", "size", "Where in it the disk begins", default=0),
+        Option("size", "size", "Size of the disk; default: up to the end of the file"),
+    ),
+}
+"""What each driver takes when opened, beside COMMON."""
+
+_SIZE = Option("size", "size", "Virtual disk size in bytes")
+_CREATE_FILE: tuple[Option, ...] = (
+    Option(
+        "preallocation",
+        "choice",
+        f"How much of the file is allocated beforehand ({', '.join(_PREALLOCATED_FILE)}; default: off)",
+        default="off",
+        choices=_PREALLOCATED_FILE,
+    ),
+    _SIZE,
+)
+
+CREATE: Mapping[str, tuple[Option, ...]] = {
+    "file": _CREATE_FILE,
+    "qcow2": (
+        Option("backing_file", "str", "Image that shows through where this one holds no data"),
+        Option("backing_fmt", "str", "Format of the backing file"),
+        Option(
+            "cluster_size",
+            "size",
+            "Unit of allocation: a power of two from 512 to 2M (default: 64k)",
+            default=65536,
+            minimum=512,
+            maximum=2 * MiB,
+            power_of_two=True,
+        ),
+        Option(
+            "compat",
+            "choice",
+            "Version of the format: 0.10 (or v2), 1.1 (or v3; default)",
+            default="1.1",
+            choices=("0.10", "1.1"),
+            aliases=(("v2", "0.10"), ("v3", "1.1")),
+        ),
+        Option(
+            "compression_type",
+            "choice",
+            "How compressed clusters are packed (zlib, zstd; default: zlib)",
+            default="zlib",
+            choices=("zlib", "zstd"),
+        ),
+        Option("lazy_refcounts", "bool", "Postpone updates of reference counts (default: off)", default=False),
+        Option(
+            "preallocation",
+            "choice",
+            "How much is allocated beforehand (off, metadata, falloc, full; default: off)",
+            default="off",
+            choices=("off", "metadata", "falloc", "full"),
+        ),
+        Option(
+            "refcount_bits",
+            "int",
+            "Bits per reference count (1, 2, 4, 8, 16, 32, 64; default: 16)",
+            default=16,
+            choices=("1", "2", "4", "8", "16", "32", "64"),
+        ),
+        _SIZE,
+    ),
+    "raw": _CREATE_FILE,
+}
+"""What each driver takes when an image is created."""
+
+_FILE_HINTS = ("extent_size_hint", "nocow")
+NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
+    ("open", "qcow2"): ("data-file", "encrypt", "overlap-check", "snapshot"),
+    ("create", "file"): _FILE_HINTS,
+    ("create", "qcow2"): (*_FILE_HINTS, "data_file", "data_file_raw", "encrypt", "encryption", "extended_l2"),
+    ("create", "raw"): _FILE_HINTS,
+}
+"""Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""
+
+
+def options_of(driver: str, table: Table = "open") -> dict[str, Option]:
+    """The options of a driver by name.  Raises OptionError for an unknown driver, or one that creates nothing."""
+    check_name(driver)
+    if table == "open":
+        return {option.name: option for option in (*COMMON, *OPEN[driver])}
+    if driver not in CREATE:
+        able = ", ".join(sorted(CREATE))
+        raise OptionError(
+            f"driver {driver!r} creates no files; these do: {able}",
+            option="driver",
+            driver=driver,
+            choices=sorted(CREATE),
+        )
+    return {option.name: option for option in CREATE[driver]}

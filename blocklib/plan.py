@@ -1,0 +1,281 @@
+"""How a range is read or written through a node: resolve, then move the bytes.
+
+Everything here works for any node; a driver only says where ranges live.  A request that enters a node whose mapping may
+change holds an in-flight token on it, so that a place it resolved is not reused before it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blocklib.buffers import PIECE, aligned_pool, is_zero, pieces_of, zero_fill, zeroes
+from blocklib.extents import KIND_BACKING, KIND_DATA, KIND_ZERO
+
+if TYPE_CHECKING:
+    from blocklib.node import Node, Preallocation, WriteTicket
+
+
+def read(node: Node, offset: int, view: memoryview) -> None:
+    """Fill `view` (bytes, contiguous) from `offset`, which lies with the whole range inside the node."""
+    if node.is_leaf:
+        if node.request_alignment == 1:
+            node.preadv(offset, (view,))
+        else:
+            read_padded(node, offset, view)
+        return
+    tracker = node.tracker
+    if tracker is None:
+        _read(node, offset, view)
+        return
+    tracker.enter()
+    try:
+        _read(node, offset, view)
+    finally:
+        tracker.leave()
+
+
+def _read(node: Node, offset: int, view: memoryview) -> None:
+    length = len(view)
+    done = 0
+    while done < length:
+        kind, child, child_offset, n, _flags = node.resolve(offset + done, length - done)
+        part = view if n == length else view[done : done + n]
+        if kind == KIND_DATA:
+            assert child is not None
+            child.read(child_offset, part)
+        elif kind == KIND_ZERO:
+            zero_fill(part)
+        elif kind == KIND_BACKING:
+            _read_backing(node, offset + done, part)
+        else:
+            node.read_special(offset + done, part)
+        done += n
+
+
+def _read_backing(node: Node, offset: int, view: memoryview) -> None:
+    edge = node.children.get("backing")
+    below = edge.node if edge is not None else None
+    available = min(len(view), below.size - offset) if below is not None else 0
+    if below is None or available <= 0:
+        zero_fill(view)
+        return
+    read(below, offset, view[:available])
+    if available < len(view):  # a backing file that ends here reads as zero from here on
+        zero_fill(view[available:])
+
+
+def write(node: Node, offset: int, data: memoryview) -> None:
+    """Write `data` at `offset`; the whole range lies inside the node (a leaf grows)."""
+    if node.detect_zeroes != "off" and is_zero(data):
+        unmap = node.detect_zeroes == "unmap" and node.discard_passes
+        write_zeroes(node, offset, len(data), unmap=unmap)
+        return
+    if node.is_leaf:
+        if node.request_alignment == 1:
+            node.pwritev(offset, (data,))
+        else:
+            write_padded(node, offset, (data,))
+        return
+    tracker = node.tracker
+    if tracker is None:
+        _write(node, offset, data)
+        return
+    tracker.enter()
+    try:
+        _write(node, offset, data)
+    finally:
+        tracker.leave()
+
+
+def _write(node: Node, offset: int, data: memoryview) -> None:
+    length = len(data)
+    done = 0
+    while done < length:
+        child, child_offset, n, ticket = node.prepare_write(offset + done, length - done)
+        part = data if n == length else data[done : done + n]
+        if ticket is None:
+            child.write(child_offset, (part,))
+        else:
+            try:
+                views = _copy_on_write(node, offset + done, part, ticket)
+                child.write(child_offset - ticket.head, views)
+            except BaseException:
+                ticket.abort()
+                raise
+            ticket.commit()
+        done += n
+
+
+def _copy_on_write(node: Node, offset: int, part: memoryview, ticket: WriteTicket) -> list[memoryview]:
+    """`part` between the head and tail that share its clusters, as they read now."""
+    views = [part]
+    if ticket.head:
+        head = memoryview(bytearray(ticket.head))
+        _read(node, offset - ticket.head, head)
+        views.insert(0, head)
+    if ticket.tail:
+        tail = memoryview(bytearray(ticket.tail))
+        start = offset + len(part)
+        inside = min(ticket.tail, node.size - start)  # the last cluster may reach past the end of the disk
+        if inside > 0:
+            _read(node, start, tail[:inside])
+        views.append(tail)
+    return views
+
+
+def write_zeroes(node: Node, offset: int, length: int, *, unmap: bool) -> None:
+    """Make the range read as zero, by metadata where the node can; with `unmap` the space is given back where possible."""
+    if length <= 0:
+        return
+    tracker = node.tracker
+    if tracker is not None:
+        tracker.enter()
+    try:
+        unit = node.zero_alignment
+        end = offset + length
+        first = -(-offset // unit) * unit
+        last = end if end == node.size else end // unit * unit
+        if first >= last or not node.zeroes_by_metadata:
+            _zero_bytes(node, offset, length)
+            return
+        _zero_bytes(node, offset, first - offset)
+        node.zero_range(first, last - first, unmap=unmap)
+        _zero_bytes(node, last, end - last)
+    finally:
+        if tracker is not None:
+            tracker.leave()
+
+
+def _zero_bytes(node: Node, offset: int, length: int) -> None:
+    """Zero a range inside one or two units of the node."""
+    while length > 0:
+        n = min(length, node.zero_alignment - offset % node.zero_alignment)
+        if not node.zero_part(offset, n):
+            _write_zero_bytes(node, offset, n)
+        offset += n
+        length -= n
+
+
+def _write_zero_bytes(node: Node, offset: int, length: int) -> None:
+    while length > 0:
+        data = zeroes(min(length, PIECE))
+        if not node.is_leaf:
+            _write(node, offset, data)
+        elif node.request_alignment == 1:
+            node.pwritev(offset, (data,))
+        else:
+            write_padded(node, offset, (data,))
+        offset += len(data)
+        length -= len(data)
+
+
+def discard(node: Node, offset: int, length: int) -> None:
+    """Tell the node that the range is no longer needed; ignored unless the node was opened with ``discard=unmap``."""
+    if not node.discard_passes:
+        return
+    unit = node.zero_alignment
+    end = offset + length
+    first = -(-offset // unit) * unit
+    last = end if end == node.size else end // unit * unit
+    if first >= last:
+        return
+    tracker = node.tracker
+    if tracker is not None:
+        tracker.enter()
+    try:
+        node.discard_range(first, last - first)
+    finally:
+        if tracker is not None:
+            tracker.leave()
+
+
+def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> None:
+    """Change the size of a node; bytes that it gains read as zero, whatever lay there or lies below."""
+    old_size = node.size
+    node.truncate(size, preallocation)
+    if size <= old_size or node.is_leaf:
+        return
+    unit = node.zero_alignment
+    backing = node.children.get("backing")
+    stale_end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
+    shown_end = backing.node.size if backing is not None and preallocation == "off" else 0
+    zero_end = min(size, max(stale_end, shown_end))
+    if zero_end > old_size:
+        write_zeroes(node, old_size, zero_end - old_size, unmap=False)
+
+
+def read_padded(leaf: Node, offset: int, view: memoryview) -> None:
+    """Read any range of a leaf that takes only aligned requests and aligned memory (direct I/O)."""
+    alignment = leaf.request_alignment
+    buffer = aligned_pool.take()
+    try:
+        done = 0
+        while done < len(view):
+            start = (offset + done) // alignment * alignment
+            skip = offset + done - start
+            n = min(len(view) - done, PIECE - skip)
+            span = -(-(skip + n) // alignment) * alignment
+            leaf.preadv(start, (buffer[:span],))
+            view[done : done + n] = buffer[skip : skip + n]
+            done += n
+    finally:
+        aligned_pool.give(buffer)
+
+
+def write_padded(leaf: Node, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
+    """Write any range of a leaf that takes only aligned requests and aligned memory.
+
+    A block that is written in part is read, changed and written back, apart from all other writes to it.
+    """
+    alignment = leaf.request_alignment
+    length = pieces_of(views)
+    end = offset + length
+    first = offset // alignment * alignment
+    last = -(-end // alignment) * alignment
+    partial = first != offset or last != end
+    held = leaf.write_ranges.acquire(first, last, exclusive=partial)
+    buffer = aligned_pool.take()
+    try:
+        source = _Gather(views)
+        size_before = leaf.size
+        start = first
+        while start < last:
+            span = min(PIECE, last - start)
+            skip = max(offset - start, 0)
+            n = min(end, start + span) - (start + skip)
+            if skip:
+                leaf.preadv(start, (buffer[:alignment],))
+            if skip + n < span and not (skip and span == alignment):
+                leaf.preadv(start + span - alignment, (buffer[span - alignment : span],))
+            source.take_into(buffer[skip : skip + n])
+            leaf.pwritev(start, (buffer[:span],))
+            start += span
+        if last > size_before and end < last:
+            leaf.truncate(max(end, size_before))  # the padding is not part of the file
+    finally:
+        aligned_pool.give(buffer)
+        leaf.write_ranges.release(held)
+
+
+class _Gather:
+    """Takes the bytes of several views one after the other."""
+
+    __slots__ = ("_index", "_position", "_views")
+
+    def __init__(self, views: Sequence[memoryview | bytes | bytearray]) -> None:
+        self._views = [memoryview(view) for view in views]
+        self._index = 0
+        self._position = 0
+
+    def take_into(self, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            view = self._views[self._index]
+            n = min(len(view) - self._position, len(target) - done)
+            target[done : done + n] = view[self._position : self._position + n]
+            done += n
+            self._position += n
+            if self._position == len(view):
+                self._index += 1
+                self._position = 0

@@ -1,0 +1,181 @@
+"""What blocklib answers: frozen values that may be shared between threads, pickled and kept.
+
+Sizes and offsets are bytes; `host_offset` is an offset in the image file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """An internal snapshot: its numbers as the image stores them."""
+
+    id: str
+    name: str
+    created: datetime
+    vm_state_size: int
+    vm_clock_ns: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """One image's metadata; nothing the image refers to was opened for it."""
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int | None
+    """Bytes occupied on the host, or None where that is unknown."""
+    cluster_size: int | None = None
+    backing_filename: str | None = None
+    """As the image spells it."""
+    full_backing_filename: str | None = None
+    """As it is found from here: relative to the image's own folder."""
+    backing_format: str | None = None
+    encrypted: bool = False
+    dirty: bool = False
+    snapshots: tuple[SnapshotInfo, ...] = ()
+    format_specific: Mapping[str, Any] = field(default_factory=dict)
+    """What ``qemu-img info`` prints as "format-specific", in QEMU's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """One image of a chain."""
+
+    name: str
+    driver: str
+    filename: str | None
+    size: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long verb is: bytes done of bytes in total, bytes per second, seconds left or None while unknown."""
+
+    done: int
+    total: int
+    rate: float = 0.0
+    eta: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        return self.done / self.total if self.total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """What a convert moved: bytes read as data, bytes the target occupies, and how long it took."""
+
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommitResult:
+    """Bytes copied down, and the image that received them."""
+
+    bytes_copied: int
+    base: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RebaseResult:
+    """Bytes copied into the overlay, and the backing file it has now."""
+
+    bytes_copied: int
+    backing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompareResult:
+    """`reason` is None for identical disks, "content" with the first differing guest `offset`, or "size" (strict only)."""
+
+    identical: bool
+    reason: Literal["content", "size"] | None = None
+    offset: int | None = None
+    size_mismatch: bool = False
+    """The sizes differ but the longer one's rest reads as zero (or was not looked at, after a difference)."""
+    beyond_end: bool = False
+    """`offset` lies past the end of the shorter disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureResult:
+    """Bytes that a new image needs: for the data as it is, and fully allocated."""
+
+    required: int
+    fully_allocated: int
+    bitmaps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a check found: a "leak", a "corruption", or a "check-error" (could not be looked at)."""
+
+    kind: Literal["leak", "corruption", "check-error"]
+    structure: str
+    host_offset: int | None
+    expected: str
+    found: str
+    repairable: bool = True
+
+    def __str__(self) -> str:
+        place = f" at {self.host_offset:#x}" if self.host_offset is not None else ""
+        return f"{self.kind}: {self.structure}{place}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What ``qemu-img check`` counts, with every finding beside it."""
+
+    filename: str
+    format: str
+    findings: tuple[Finding, ...] = ()
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int | None = None
+    total_clusters: int | None = None
+    allocated_clusters: int | None = None
+    fragmented_clusters: int | None = None
+    compressed_clusters: int | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Neither corruptions nor leaks nor anything that could not be checked."""
+        return not (self.corruptions or self.leaks or self.check_errors)
+
+
+@dataclass(frozen=True, slots=True)
+class RepairStep:
+    """One change that a repair makes."""
+
+    action: str
+    structure: str
+    host_offset: int | None
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        place = f" at {self.host_offset:#x}" if self.host_offset is not None else ""
+        return f"{self.action}: {self.structure}{place}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What a repair did, or with ``dry_run`` would do: its steps, and the check before and (if it ran) after."""
+
+    steps: tuple[RepairStep, ...]
+    before: CheckReport
+    after: CheckReport | None = None
