@@ -140,13 +140,16 @@ class Disk:
         finally:
             tracker.leave()
 
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
-        """Make `length` bytes from guest `offset` read as zero; with `unmap` their space may be given back."""
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True) -> None:
+        """Make `length` bytes from guest `offset` read as zero; with `unmap` their space may be given back.
+
+        Without `fallback`, raises StorageError (ENOTSUP) where the top image cannot do it by metadata alone.
+        """
         tracker = self._tracker
         tracker.enter()
         try:
             node = self._checked_for_write(offset, length)
-            plan.write_zeroes(node, offset, length, unmap=unmap and node.discard_passes)
+            plan.write_zeroes(node, offset, length, unmap=unmap and node.discard_passes, fallback=fallback)
             if self._writethrough:
                 node.flush()
         finally:

@@ -6,10 +6,12 @@ change holds an in-flight token on it, so that a place it resolved is not reused
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blocklib.buffers import PIECE, aligned_pool, is_zero, pieces_of, zero_fill, zeroes
+from blocklib.errors import StorageError
 from blocklib.extents import KIND_BACKING, KIND_DATA, KIND_ZERO
 
 if TYPE_CHECKING:
@@ -124,8 +126,11 @@ def _copy_on_write(node: Node, offset: int, part: memoryview, ticket: WriteTicke
     return views
 
 
-def write_zeroes(node: Node, offset: int, length: int, *, unmap: bool) -> None:
-    """Make the range read as zero, by metadata where the node can; with `unmap` the space is given back where possible."""
+def write_zeroes(node: Node, offset: int, length: int, *, unmap: bool, fallback: bool = True) -> None:
+    """Make the range read as zero, by metadata where the node can; with `unmap` the space is given back where possible.
+
+    Without `fallback`, raises StorageError (ENOTSUP) where zeroes would have to be sent to this node as bytes.
+    """
     if length <= 0:
         return
     tracker = node.tracker
@@ -137,21 +142,29 @@ def write_zeroes(node: Node, offset: int, length: int, *, unmap: bool) -> None:
         first = -(-offset // unit) * unit
         last = end if end == node.size else end // unit * unit
         if first >= last or not node.zeroes_by_metadata:
-            _zero_bytes(node, offset, length)
+            _zero_bytes(node, offset, length, fallback)
             return
-        _zero_bytes(node, offset, first - offset)
+        # The ends first: if they cannot be done, nothing is.
+        _zero_bytes(node, offset, first - offset, fallback)
+        _zero_bytes(node, last, end - last, fallback)
         node.zero_range(first, last - first, unmap=unmap)
-        _zero_bytes(node, last, end - last)
     finally:
         if tracker is not None:
             tracker.leave()
 
 
-def _zero_bytes(node: Node, offset: int, length: int) -> None:
+def _zero_bytes(node: Node, offset: int, length: int, fallback: bool) -> None:
     """Zero a range inside one or two units of the node."""
     while length > 0:
         n = min(length, node.zero_alignment - offset % node.zero_alignment)
         if not node.zero_part(offset, n):
+            if not fallback:
+                raise StorageError(
+                    f"{node.filename or node.name}: {n} bytes at {offset} cannot be made zero by metadata alone",
+                    errno=errno.ENOTSUP,
+                    operation="write zeroes",
+                    node=node.name,
+                )
             _write_zero_bytes(node, offset, n)
         offset += n
         length -= n

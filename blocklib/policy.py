@@ -48,9 +48,9 @@ class Limits:
     """What one compressed piece may become: a cluster."""
 
     def check(
-        self, limit: str, value: int, *, structure: str, host_offset: int | None = None, node: str | None
+        self, limit: str, value: int, *, structure: str, host_offset: int | None = None, node: str | None = None
     ) -> None:
-        """Raises ImageLimitError when `value`, which `structure` asks for, is more than the limit of that name allows."""
+        """Raises ImageLimitError when `value`, which `structure` asks for, is above the limit of that name."""
         allowed: int = getattr(self, limit)
         if value <= allowed:
             return

@@ -40,7 +40,8 @@ _WINDOW = 1 << 38
 def block_status(node: Node, offset: int, length: int) -> Status:
     """What this node alone says of `offset`: (length, flags, 0, host offset or -1, protocol node).
 
-    Not allocated (no FLAG_ALLOCATED) means that the backing node determines the content.
+    Not allocated (no FLAG_ALLOCATED) means that the backing node determines the content; where there is none, or it ends
+    before `offset`, that is zero.
     """
     kind, child, child_offset, n, flags = node.resolve(offset, length)
     if node.is_leaf:
@@ -49,17 +50,18 @@ def block_status(node: Node, offset: int, length: int) -> Status:
         assert child is not None
         return _leaf_status(child.node, child_offset, n)
     if kind == KIND_BACKING:
-        return n, (FLAG_ZERO if "backing" not in node.children else 0), 0, -1, None
+        below = backing_below(node)
+        return n, (FLAG_ZERO if below is None or offset >= below.size else 0), 0, -1, None
     if not flags & FLAG_OFFSET_VALID or child is None:
         return n, flags, 0, -1, None
     leaf: Node = child.node
     host_offset = child_offset
     if flags & FLAG_RECURSE and flags & FLAG_DATA:
-        below, below_flags, _depth, host_offset, below_leaf = _leaf_status(leaf, child_offset, n)
+        found, below_flags, _depth, host_offset, below_leaf = _leaf_status(leaf, child_offset, n)
         if below_flags & FLAG_EOF and below_flags & FLAG_ZERO:
             flags |= FLAG_ZERO  # a file may end before the last cluster does
         else:
-            n = min(n, below)
+            n = min(n, found)
             flags |= below_flags & FLAG_ZERO
         leaf = below_leaf or leaf
         host_offset = child_offset if host_offset < 0 else host_offset
@@ -94,14 +96,11 @@ def status_above(top: Node, offset: int, length: int, base: Node | None = None) 
     node = skip_filters(top)
     depth = 0
     n, flags, _depth, host_offset, leaf = block_status(node, offset, length)
-    while not flags & FLAG_ALLOCATED:
+    while not flags & (FLAG_ALLOCATED | FLAG_ZERO):
         below = backing_below(node)
         if below is None or below is base:
             break
         depth += 1
-        if offset >= below.size:
-            # The image above deferred to one that ends here: these zeroes count as that image's own.
-            return n, FLAG_ZERO | FLAG_ALLOCATED, depth, -1, None
         node = below
         n, flags, _depth, host_offset, leaf = block_status(node, offset, min(n, node.size - offset))
     return n, flags, depth, host_offset, leaf
@@ -176,29 +175,29 @@ def extent_table(top: Node, offset: int, length: int, base: Node | None = None) 
     node = skip_filters(top)
     table = _layer(node, offset, length, 0)
     depth = 0
-    while not table["present"].all():
+    while True:
+        wanted = np.flatnonzero(~(table["present"] | table["zero"]))
         below = backing_below(node)
-        if below is None or below is base:
+        if not len(wanted) or below is None or below is base:
             break
         depth += 1
         node = below
-        wanted = np.flatnonzero(~table["present"])
         start = int(table["offset"][wanted[0]])
         end = int(table["offset"][wanted[-1]] + table["length"][wanted[-1]])
         parts = []
         if start < node.size:
             parts.append(_layer(node, start, min(end, node.size) - start, depth))
         if end > node.size:
-            parts.append(_synthesised(max(start, node.size), end, depth))
+            # The image above deferred to one that ends here: these zeroes are reported as the upper one's.
+            parts.append(_zeroes(max(start, node.size), end, depth - 1, present=False))
         table = _merge(table, parts[0] if len(parts) == 1 else np.concatenate(parts))
     return _coalesce(table)
 
 
-def _synthesised(start: int, end: int, depth: int) -> ExtentTable:
-    """The zeroes past the end of a short backing file, which count as its own."""
+def _zeroes(start: int, end: int, depth: int, *, present: bool) -> ExtentTable:
     import numpy as np
 
-    return np.array([(start, end - start, depth, -1, False, True, True, False)], dtype=vocabulary.EXTENT_DTYPE)
+    return np.array([(start, end - start, depth, -1, False, True, present, False)], dtype=vocabulary.EXTENT_DTYPE)
 
 
 def _layer(node: Node, offset: int, length: int, depth: int) -> ExtentTable:
@@ -235,7 +234,7 @@ def _protocol_layer(node: Node, offset: int, length: int, depth: int) -> ExtentT
     inside = max(0, min(length, node.size - offset))
     parts = [_layer(node, offset, inside, depth)] if inside else []
     if inside < length:
-        parts.append(_synthesised(offset + inside, offset + length, depth))
+        parts.append(_zeroes(offset + inside, offset + length, depth, present=True))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -262,7 +261,7 @@ def _ask_protocol(node: Node, table: ExtentTable, recurse: NDArray[Any], depth: 
 
 
 def _merge(upper: ExtentTable, lower: ExtentTable) -> ExtentTable:
-    """`upper` where it is present, and `lower` where it is not; `lower` covers all of the latter."""
+    """`upper` where it says what is there, and `lower` where it does not; `lower` covers all of the latter."""
     import numpy as np
 
     low = int(lower["offset"][0])
@@ -273,7 +272,7 @@ def _merge(upper: ExtentTable, lower: ExtentTable) -> ExtentTable:
     above = upper[np.searchsorted(upper["offset"], starts, side="right") - 1]
     index = np.clip(np.searchsorted(lower["offset"], starts, side="right") - 1, 0, None)
     below = lower[index]
-    take = ~above["present"] & (starts >= low) & (starts < high)
+    take = ~(above["present"] | above["zero"]) & (starts >= low) & (starts < high)
     merged = np.where(take, below, above)
     placed = merged["host_offset"] >= 0
     merged["host_offset"] = np.where(placed, merged["host_offset"] + (starts - merged["offset"]), -1)

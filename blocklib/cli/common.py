@@ -60,7 +60,7 @@ def size_value(text: str, what: str) -> int:
         raise Failure(f"{what}: {exc}") from exc
 
 
-def cache_mode(given: Given, option: Literal["-t", "-T"], default: CacheMode, *, code: int = 1) -> CacheMode:
+def cache_mode(given: Given, option: str, default: CacheMode, *, code: int = 1) -> CacheMode:
     """The cache mode that `option` names; `off` is an old name of `none`.  An unknown one ends the command with `code`."""
     text = given.last(option)
     if text is None:

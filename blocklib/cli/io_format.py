@@ -13,12 +13,8 @@ def size_text(size: float) -> str:
 
     A fraction that begins with three zeroes is left out.
     """
-    for factor, unit in _UNITS:
-        if size >= factor:
-            number = f"{size / factor:.3f}"
-            break
-    else:
-        number, unit = f"{size:f}", "bytes"
+    factor, unit = next((pair for pair in _UNITS if size >= pair[0]), (1, "bytes"))
+    number = f"{size:f}" if factor == 1 else f"{size / factor:.3f}"
     return f"{number.partition('.000')[0]} {unit}"
 
 
@@ -46,7 +42,7 @@ def _hundredths(seconds: float) -> str:
 
 
 def dump(data: memoryview, offset: int) -> str:
-    """`data` as lines of 16 bytes in hexadecimal and as text, each after its offset; `offset` is that of the first byte."""
+    """`data` as lines of 16 bytes, in hexadecimal and as text, each after its offset; the first byte's is `offset`."""
     lines = []
     for start in range(0, len(data), _DUMP_WIDTH):
         row = bytes(data[start : start + _DUMP_WIDTH])

@@ -1,7 +1,7 @@
 """The commands of ``io`` that move bytes: reads, writes, discards, flushes and changes of size.
 
-Asynchronous requests run at once, in the order given, and only answer later: what they do is the same, and what is printed
-does not depend on which is faster.
+Asynchronous requests run at once, in the order given, and only answer later: what they do is the same, and what is
+printed does not depend on which of them is faster.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from blocklib.cli.common import explain
 from blocklib.cli.getopt import Given, Option, UsageFailure
@@ -19,13 +20,19 @@ from blocklib.cli.session import Failure
 from blocklib.errors import BlocklibError, OutOfRangeError, StorageError, UsageError
 from blocklib.sizes import parse_size
 
+if TYPE_CHECKING:
+    from blocklib.node import Preallocation
+
 MAX_REQUEST = (1 << 31) - 512
 """Bytes of the largest request that qemu-io makes."""
 _DEFAULT_PATTERN = 0xCD
 _PIECE = 1 << 16
+_PREALLOCATION_MODES: tuple[Preallocation, ...] = ("off", "metadata", "falloc", "full")
 _DIGITS = {8: "01234567", 10: "0123456789", 16: "0123456789abcdef"}
 
-PARSABLE = Option(("-C",), None, "print the statistics for programs: bytes,requests,time,bytes per second,requests per second")
+PARSABLE = Option(
+    ("-C",), None, "print statistics for programs: bytes,requests,time,bytes per second,requests per second"
+)
 QUIET = Option(("-q",), None, "print no statistics")
 DUMP = Option(("-v",), None, "print the bytes that were read")
 VERIFY = Option(("-P",), "pattern", "fail unless all bytes that were read are this one")
@@ -72,7 +79,7 @@ def size(text: str) -> int:
 
 
 def c_integer(text: str) -> int | None:
-    """What C's strtol reads with base 0: ``10``, ``0x0a`` and ``012`` are ten.  None for anything else, and negatives."""
+    """What C's strtol reads with base 0: ``10``, ``0x0a`` and ``012`` are ten.  None for anything else."""
     digits = text.removeprefix("+").lower()
     base = 10
     if digits.startswith("0x"):
@@ -251,10 +258,11 @@ def _write(shell: Shell, given: Given, label: str, offset: int, length: int) -> 
 def _write_zeroes(shell: Shell, given: Given, label: str, offset: int, length: int) -> bool:
     disk = shell.need_disk()
     _pattern(given)  # means nothing here, but must be one
-    unmap, fua, fallback = given.has("-u"), given.has("-f"), not given.has("-n")
 
     def request() -> None:
-        disk.write_zeroes(offset, length, unmap=unmap, fua=fua, fallback=fallback)
+        disk.write_zeroes(offset, length, unmap=given.has("-u"), fallback=not given.has("-n"))
+        if given.has("-f"):
+            disk.flush()
 
     return _written(shell, given, label, offset, length, request)
 
@@ -310,3 +318,13 @@ def discard(shell: Shell, given: Given) -> bool:
 def flush(shell: Shell, given: Given) -> bool:
     shell.need_disk().flush()
     return True
+
+
+def truncate(shell: Shell, given: Given) -> bool:
+    disk = shell.need_disk()
+    mode = given.last("-m") or "off"
+    for preallocation in _PREALLOCATION_MODES:
+        if mode == preallocation:
+            disk.truncate(size(given.operands[0]), shrink=True, preallocation=preallocation)
+            return True
+    raise Failure(f"-m {mode}: no such preallocation; there are {', '.join(_PREALLOCATION_MODES)}")

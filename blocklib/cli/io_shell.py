@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 READ_ONLY = Option(("-r", "--read-only"), None, "open for reading only")
 SNAPSHOT = Option(("-s", "--snapshot"), None, "keep what is written in a temporary overlay, which is lost at the end")
 NO_CACHE = Option(("-n", "--nocache"), None, "bypass the host's page cache: short for -t none")
-COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from backing files into the image (not supported)")
+COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from below into the image (not supported)")
 NATIVE_AIO = Option(("-k", "--native-aio"), None, "short for -i native")
-AIO = Option(("-i", "--aio"), "MODE", "threads, native or io_uring: accepted for compatibility, requests run in our own way")
+AIO = Option(("-i", "--aio"), "MODE", "threads, native or io_uring: accepted, and makes no difference")
 CACHE = Option(("-t", "--cache"), "MODE", "none, writeback (default), writethrough, directsync or unsafe")
 DISCARD = Option(("-d", "--discard"), "MODE", "what becomes of discards: ignore, or unmap (default)")
 

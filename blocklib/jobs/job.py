@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -19,6 +20,22 @@ from blocklib.reports import Progress
 __all__ = ["Job", "JobEvent", "JobEvents", "JobStatus", "ProgressCallback"]
 
 R = TypeVar("R")
+
+_at_work: set[Job[Any]] = set()
+
+
+@atexit.register
+def _cancel_all() -> None:
+    # A thread that the interpreter waits for would keep it alive while the job is paused; one that it does not wait
+    # for would leave a half-written file behind.
+    for job in tuple(_at_work):
+        if job._pid == os.getpid():
+            import warnings
+
+            warnings.warn(
+                f"{job!r} is still at work at exit and is cancelled: wait for it", ResourceWarning, stacklevel=1
+            )
+            job._end()
 
 
 class Job(Generic[R]):
@@ -43,7 +60,7 @@ class Job(Generic[R]):
         self._control = Control(task.verb, speed=speed, progress=progress, clock=clock)
         self._changed = self._control.changed
         self._results: list[R] = []
-        self._thread = threading.Thread(target=self._main, name=f"blocklib {task.verb}")
+        self._thread = threading.Thread(target=self._main, name=f"blocklib {task.verb}", daemon=True)
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
@@ -119,18 +136,19 @@ class Job(Generic[R]):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._control.status != "null":
-            self.cancel(force=True)
-            with self._changed:
-                while self._control.status not in ENDED:
-                    self._control.clock.wait(self._changed, None)
-        self._join()
+        self._end()
         error = self._control.error
         if error is None or error is exc or isinstance(error, JobCancelled):
             return
         if exc is None:
             raise error
         exc.add_note(f"the {self._task.verb} job also failed: {error}")
+
+    def _end(self) -> None:
+        """Cancel the job if it is at work, and wait for its end."""
+        if self._control.status not in ENDED:
+            self.cancel(force=True)
+        self._join()
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +159,7 @@ class Job(Generic[R]):
             if self._control.status != "created" or self._thread.ident is not None:
                 self._refuse("start")
             self._thread.start()
+            _at_work.add(self)
         return self
 
     def cancel(self, force: bool = False) -> None:
@@ -218,13 +237,15 @@ class Job(Generic[R]):
             with self._changed:
                 control.check_cancelled()
                 control.become("running")
-            self._results.append(self._task.run(control))
+            result = self._task.run(control)
             control.report(final=True)
-            self._conclude()
+            self._conclude(result)
         except BaseException as exc:
             self._abort(exc)
+        finally:
+            _at_work.discard(self)
 
-    def _conclude(self) -> None:
+    def _conclude(self, result: R) -> None:
         control = self._control
         with self._changed:
             control.check_cancelled()
@@ -233,6 +254,7 @@ class Job(Generic[R]):
             while not (self._auto_finalize or self._finalized or control.cancelled):
                 control.clock.wait(self._changed, None)
             control.check_cancelled()
+            self._results.append(result)
             control.become("concluded")
 
     def _abort(self, error: BaseException) -> None:

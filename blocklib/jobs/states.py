@@ -45,7 +45,7 @@ VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
     "cancel": frozenset(
         {"created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting", "concluded"}
     ),
-    "pause": frozenset({"created", "running", "ready"}),
+    "pause": frozenset({"created", "running", "paused", "ready", "standby"}),
     "resume": frozenset({"created", "running", "paused", "ready", "standby"}),
     "set-speed": frozenset({"created", "running", "paused", "ready", "standby"}),
     "complete": frozenset({"ready"}),

@@ -202,8 +202,8 @@ def find_holder(fd: int, byte: int) -> int | None:
     except OSError:
         return None
     own_pid = os.getpid()
-    # Our own process last: a forked child of ours shares our locks, a stranger is the likelier answer.
-    for name in sorted(processes, key=lambda name: int(name) == own_pid):
+    # Our own process first: what another node of it holds, its forked children seem to hold as well.
+    for name in sorted(processes, key=lambda name: int(name) != own_pid):
         pid = int(name)
         for other in _descriptors_of(pid, ours.st_dev, ours.st_ino):
             if (pid != own_pid or other != fd) and _has_locked(pid, other, byte):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import get_args
@@ -251,8 +254,9 @@ def test_a_paused_job_works_on_when_resumed() -> None:
         if event.status == "paused":
             break
     assert task.steps == []
-    with pytest.raises(JobStateError, match="already paused"):
+    with pytest.raises(JobStateError, match="already paused") as caught:
         job.pause()
+    assert (caught.value.status, caught.value.verb) == ("paused", "pause")
     job.resume()
     assert job.wait() == "done"
     assert statuses(list(events)) == ["running", "waiting", "pending", "concluded"]
@@ -367,7 +371,7 @@ def test_progress_is_told_at_most_ten_times_a_second_and_once_at_the_end() -> No
     job = Job(Steps(count=100), speed=500, clock=clock, progress=lambda p: told.append((clock.now(), p)))
     job.start().wait()
     times = [time for time, _ in told]
-    assert all(later - earlier >= REPORT_INTERVAL - 1e-9 for earlier, later in zip(times[:-1], times[1:-1]))
+    assert all(later - earlier >= REPORT_INTERVAL - 1e-9 for earlier, later in itertools.pairwise(times[:-1]))
     assert 15 <= len(told) <= 22
     assert told[-1][1].done == told[-1][1].total == 1000
     assert [p.done for _, p in told] == sorted(p.done for _, p in told)
@@ -458,10 +462,13 @@ def test_leaving_the_block_raises_the_error_of_a_failed_job() -> None:
 
 
 def test_the_error_of_a_failed_job_is_a_note_on_the_one_of_the_block() -> None:
-    with pytest.raises(KeyError) as caught:
-        with Job(Failing()) as job:
+    def fail_beside(job: Job[str]) -> None:
+        with job:
             list(job.start().events())
             raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        fail_beside(Job(Failing()))
     assert "on fire" in caught.value.__notes__[0]
 
 
@@ -490,3 +497,26 @@ def test_in_the_child_of_a_fork_every_method_refuses(monkeypatch: pytest.MonkeyP
             with pytest.raises(ClosedError):
                 use()
     assert job.wait() == "done"
+
+
+def test_a_job_at_work_when_the_interpreter_ends_is_cancelled_and_cleans_up() -> None:
+    program = """
+from blocklib.jobs.control import Task
+from blocklib.jobs.job import Job
+class Forever(Task):
+    verb = "wait"
+    def run(self, control):
+        while True:
+            control.pause_point(1)
+    def abort(self):
+        print("cleaned up")
+job = Job(Forever())
+job.pause()
+next(event for event in job.start().events() if event.status == "paused")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "cleaned up\n"
+    assert "ResourceWarning: <Job wait: paused>" in done.stderr
+    assert done.returncode == 0

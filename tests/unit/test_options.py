@@ -1,4 +1,4 @@
-"""Options: text and dotted names into nested dicts, typed values out of the tables, errors that name what would be right."""
+"""Options: text and dotted names into nested dicts, typed values, errors that name what would be right."""
 
 from __future__ import annotations
 
@@ -342,9 +342,9 @@ def test_an_unknown_option_names_the_nearest_one() -> None:
         check_options("qcow2", {"file": "x", "lazy-refcount": True})
     assert (caught.value.option, caught.value.driver) == ("lazy-refcount", "qcow2")
     assert "lazy-refcounts" in caught.value.choices
-    with pytest.raises(OptionError, match="did you mean 'cache.direct'"):
+    with pytest.raises(OptionError, match=r"did you mean 'cache\.direct'"):
         check_options("file", {"filename": "x", "cache": {"driect": True}})
-    with pytest.raises(OptionError, match="there are .*filename"):
+    with pytest.raises(OptionError, match=r"there are .*filename"):
         check_options("file", {"filename": "x", "zzz": True})
 
 
