@@ -19,7 +19,7 @@ _FORMATS = {
 }
 _PROTOCOLS = {
     "file": "blocklib.protocols.file:FileNode",
-    "host_device": "blocklib.protocols.file:FileNode",
+    "host_device": "blocklib.protocols.file:HostDeviceNode",
     "memory": "blocklib.protocols.memory:MemoryNode",
     "null-co": "blocklib.protocols.null:NullNode",
 }

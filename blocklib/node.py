@@ -54,8 +54,11 @@ class WriteTicket:
         raise UsageError("this ticket cannot be aborted")
 
 
-WriteRun: TypeAlias = "tuple[Edge, int, int, WriteTicket | None]"
-"""(child, child offset in bytes, length in bytes, ticket or None where the child may be written in place)."""
+WriteRun: TypeAlias = "tuple[Edge | None, int, int, WriteTicket | None]"
+"""(child, child offset in bytes, length in bytes, ticket or None where the child may be written in place).
+
+With child None the node itself must see the bytes: they go to its `write_special`.
+"""
 
 
 class PendingChange:
@@ -198,6 +201,10 @@ class Node:
         Raises StorageError (ENOSPC), ImageLimitError, PoisonedError.
         """
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
+
+    def write_special(self, offset: int, data: memoryview) -> None:
+        """Write `data` to a run that `prepare_write` gave no child for (not longer than that run)."""
+        raise UsageError(f"{self.driver}: nothing here needs encoding")
 
     def zero_part(self, offset: int, length: int) -> bool:
         """Make part of one zeroing unit read as zero without writing bytes; False where bytes must be written."""

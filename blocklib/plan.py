@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from blocklib.buffers import PIECE, aligned_pool, is_zero, pieces_of, zero_fill, zeroes
 from blocklib.errors import StorageError
 from blocklib.extents import KIND_BACKING, KIND_DATA, KIND_ZERO
+from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from blocklib.node import Node, Preallocation, WriteTicket
@@ -96,7 +97,9 @@ def _write(node: Node, offset: int, data: memoryview) -> None:
     while done < length:
         child, child_offset, n, ticket = node.prepare_write(offset + done, length - done)
         part = data if n == length else data[done : done + n]
-        if ticket is None:
+        if child is None:
+            node.write_special(offset + done, part)
+        elif ticket is None:
             child.write(child_offset, (part,))
         else:
             try:
@@ -247,7 +250,9 @@ def write_padded(leaf: Node, offset: int, views: Sequence[memoryview | bytes | b
     first = offset // alignment * alignment
     last = -(-end // alignment) * alignment
     partial = first != offset or last != end
-    held = leaf.write_ranges.acquire(first, last, exclusive=partial)
+    # What grows the file by padding cuts the padding off again: until then nobody may write behind it.
+    reach = last if end == last or last <= leaf.size else MAX_SIZE
+    held = leaf.write_ranges.acquire(first, reach, exclusive=partial)
     buffer = aligned_pool.take()
     try:
         source = _Gather(views)

@@ -47,9 +47,7 @@ class Limits:
     decompressed_bytes: int = 2 * MiB
     """What one compressed piece may become: a cluster."""
 
-    def check(
-        self, limit: str, value: int, *, structure: str, host_offset: int | None = None, node: str | None = None
-    ) -> None:
+    def check(self, limit: str, value: int, *, structure: str, host_offset: int | None = None, node: str | None = None) -> None:
         """Raises ImageLimitError when `value`, which `structure` asks for, is above the limit of that name."""
         allowed: int = getattr(self, limit)
         if value <= allowed:
@@ -81,16 +79,52 @@ class Reference:
     """1 for what the top image names, 2 for what that one names."""
 
 
+class _Value:
+    """What a frozen dataclass with slots is; making one of those takes a millisecond at every start of the command line."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def _set(self, *values: object) -> None:
+        for name, value in zip(self.__slots__, values):
+            object.__setattr__(self, name, value)
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Value) and type(other) is type(self) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in zip(self.__slots__, self._values()))
+        return f"{type(self).__name__}({shown})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._values()
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 _URL_PREFIXES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
 
 
-@dataclass(frozen=True, slots=True)
-class PlainPath:
+class PlainPath(_Value):
     """A path and nothing else, whatever it looks like: `pathlib.Path` without its price at start-up."""
 
+    __slots__ = ("path",)
+
     path: str
+
+    def __init__(self, path: str) -> None:
+        self._set(path)
 
     def __fspath__(self) -> str:
         return self.path
@@ -133,8 +167,7 @@ def qemu_target(name: str) -> Target:
 # -- restricted policies -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RestrictedFile:
+class RestrictedFile(_Value):
     """A file that a restricted policy found: `name`, one component, in `directory` ("" is the current one).
 
     It is a path, for messages and for the references of the image in it, but may be opened only by `open_fd`, which
@@ -142,9 +175,14 @@ class RestrictedFile:
     links in it are followed.
     """
 
+    __slots__ = ("directory", "name", "reference")
+
     directory: str
     name: str
     reference: Reference
+
+    def __init__(self, directory: str, name: str, reference: Reference) -> None:
+        self._set(directory, name, reference)
 
     def __fspath__(self) -> str:
         return os.path.join(self.directory, self.name)
@@ -187,8 +225,7 @@ class RestrictedFile:
         return fd
 
 
-@dataclass(frozen=True, slots=True)
-class SameDirectory:
+class SameDirectory(_Value):
     """Allows regular files in the folder of the image that names them, `max_depth` images deep.
 
     A name is taken literally: one component, perhaps after ``./`` or after the folder's own absolute path.  Refused
@@ -196,7 +233,12 @@ class SameDirectory:
     without a format, which would have to be guessed from bytes that a guest can write.
     """
 
-    max_depth: int = 8
+    __slots__ = ("max_depth",)
+
+    max_depth: int
+
+    def __init__(self, max_depth: int = 8) -> None:
+        self._set(max_depth)
 
     def __call__(self, reference: Reference) -> RestrictedFile | None:
         return None if self.objection(reference) else _beside(reference)
@@ -220,8 +262,7 @@ def _beside(reference: Reference) -> RestrictedFile | None:
     return RestrictedFile(folder, leaf, reference) if is_same else None
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class AllowList:
+class AllowList(_Value):
     """Allows the regular files that are listed, however deep in the chain.
 
     An absolute entry is that file; a relative one is looked for from the folder of the image that names it.  An
@@ -229,6 +270,8 @@ class AllowList:
     in the entry.  Links in the folders of an entry are followed, a link as the file itself is refused.  A backing
     file without a format is refused.
     """
+
+    __slots__ = ("names",)
 
     names: tuple[str, ...]
 
@@ -239,7 +282,7 @@ class AllowList:
         for name in listed:
             if not name or "\0" in name or name.endswith("/"):
                 raise UsageError(f"{name!r} in an allow-list is not the name of a file")
-        object.__setattr__(self, "names", listed)
+        self._set(listed)
 
     def __call__(self, reference: Reference) -> RestrictedFile | None:
         return None if self.objection(reference) else self._entry(reference)

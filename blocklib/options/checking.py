@@ -49,9 +49,7 @@ def cache_flags(mode: str) -> tuple[bool, bool, bool]:
 # -- names and values --------------------------------------------------------------------------------------------------
 
 
-def check_options(
-    driver: str, options: Mapping[str, Any], *, table: Table = "open", partial: bool = False
-) -> dict[str, Any]:
+def check_options(driver: str, options: Mapping[str, Any], *, table: Table = "open", partial: bool = False) -> dict[str, Any]:
     """Every option of `driver` with its typed value, by dotted name: what `options` gives, else the default.
 
     `options` may be nested or dotted, and its values typed or text.  Children ("file", "backing") come back as given,

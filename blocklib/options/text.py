@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
     from blocklib.disk import Disk
 
-OptionValue: TypeAlias = (
-    "str | int | bool | os.PathLike[str] | Disk | Mapping[str, OptionValue] | Sequence[OptionValue] | None"
-)
+OptionValue: TypeAlias = "str | int | bool | os.PathLike[str] | Disk | Mapping[str, OptionValue] | Sequence[OptionValue] | None"
 """What an option may be given as."""
 
 JSON_PREFIX = "json:"

@@ -120,7 +120,7 @@ class Qcow2Node(Node):
         file = self.file
         start = bytearray(min(4096, max(file.size, 1)))
         file.read(0, memoryview(start))
-        span = min(header_span(start), file.size)
+        span = min(header_span(memoryview(start)), file.size)
         if span > len(start):
             start = bytearray(span)
             file.read(0, memoryview(start))
