@@ -340,6 +340,8 @@ class _Builder:
     def _format(
         self, driver: str, options: dict[str, Any], file_node: Node, *, read_only: bool, guessed: bool
     ) -> Node:
+        if driver == "raw" and options.get("backing", FROM_IMAGE) is None:
+            del options["backing"]  # "this image alone" says nothing new of an image that has no backing file
         typed = check_options(driver, {**options, "file": {}})
         if typed.get("read-only"):
             read_only = True

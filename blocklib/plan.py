@@ -215,8 +215,9 @@ def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> Non
     unit = node.zero_alignment
     backing = node.children.get("backing")
     stale_end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
-    shown_end = backing.node.size if backing is not None and preallocation == "off" else 0
-    zero_end = min(size, max(stale_end, shown_end))
+    # If the backing file shows through anywhere, all of the new part is made zero: it may grow later, too.
+    shows_through = backing is not None and backing.node.size > old_size and preallocation == "off"
+    zero_end = size if shows_through else min(size, stale_end)
     if zero_end > old_size:
         write_zeroes(node, old_size, zero_end - old_size, unmap=False)
 

@@ -77,6 +77,8 @@ class ConvertResult:
     bytes_read: int
     bytes_written: int
     seconds: float
+    unreadable: tuple[tuple[int, int], ...] = ()
+    """(guest offset, length) of what a salvaging convert could not read; it is zero in the target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,11 @@ class RebaseResult:
 
 @dataclass(frozen=True, slots=True)
 class CompareResult:
-    """`reason` is None for identical disks, "content" with the first differing guest `offset`, or "size" (strict only)."""
+    """`reason` is None for identical disks, "content" with the first differing guest `offset`; if strict also "size", or
+    "status" with the first guest `offset` that is not stored in the same way."""
 
     identical: bool
-    reason: Literal["content", "size"] | None = None
+    reason: Literal["content", "size", "status"] | None = None
     offset: int | None = None
     size_mismatch: bool = False
     """The sizes differ but the longer one's rest reads as zero (or was not looked at, after a difference)."""

@@ -51,7 +51,9 @@ def block_status(node: Node, offset: int, length: int) -> Status:
         return _leaf_status(child.node, child_offset, n)
     if kind == KIND_BACKING:
         below = backing_below(node)
-        return n, (FLAG_ZERO if below is None or offset >= below.size else 0), 0, -1, None
+        if below is None or offset >= below.size:
+            return n, FLAG_ZERO, 0, -1, None
+        return min(n, below.size - offset), 0, 0, -1, None
     if not flags & FLAG_OFFSET_VALID or child is None:
         return n, flags, 0, -1, None
     leaf: Node = child.node
@@ -178,19 +180,22 @@ def extent_table(top: Node, offset: int, length: int, base: Node | None = None) 
     while True:
         wanted = np.flatnonzero(~(table["present"] | table["zero"]))
         below = backing_below(node)
-        if not len(wanted) or below is None or below is base:
+        if not len(wanted) or below is None:
             break
-        depth += 1
-        node = below
         start = int(table["offset"][wanted[0]])
         end = int(table["offset"][wanted[-1]] + table["length"][wanted[-1]])
         parts = []
-        if start < node.size:
-            parts.append(_layer(node, start, min(end, node.size) - start, depth))
-        if end > node.size:
+        if below is not base and start < below.size:
+            parts.append(_layer(below, start, min(end, below.size) - start, depth + 1))
+        if end > below.size:
             # The image above deferred to one that ends here: these zeroes are reported as the upper one's.
-            parts.append(_zeroes(max(start, node.size), end, depth - 1, present=False))
-        table = _merge(table, parts[0] if len(parts) == 1 else np.concatenate(parts))
+            parts.append(_zeroes(max(start, below.size), end, depth, present=False))
+        if parts:
+            table = _merge(table, parts[0] if len(parts) == 1 else np.concatenate(parts))
+        if below is base:
+            break
+        depth += 1
+        node = below
     return _coalesce(table)
 
 

@@ -11,12 +11,13 @@ from blocklib.errors import BlocklibError, UsageError
 from blocklib.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from blocklib.cli.progress import Reporter
     from blocklib.disk import Disk
     from blocklib.jobs import Job
-    from blocklib.options import CacheMode, OptionValue
+    from blocklib.options import CacheMode
+    from blocklib.policy import Target
 
 R = TypeVar("R")
 
@@ -34,7 +35,7 @@ TARGET_CACHE = Option(("-t",), "CACHE", f"cache mode for the image that is writt
 QUIET = Option(("-q",), None, "print nothing but errors")
 
 
-# -- values of options ----------------------------------------------------------------------------------------------------
+# -- values of options ------------------------------------------------------------------------------------------------
 
 
 def one_operand(given: Given) -> str:
@@ -61,7 +62,7 @@ def size_value(text: str, what: str) -> int:
 
 
 def cache_mode(given: Given, option: str, default: CacheMode, *, code: int = 1) -> CacheMode:
-    """The cache mode that `option` names; `off` is an old name of `none`.  An unknown one ends the command with `code`."""
+    """The cache mode that `option` names; `off` is an old name of `none`.  An unknown one fails with exit `code`."""
     text = given.last(option)
     if text is None:
         return default
@@ -83,7 +84,7 @@ def check_objects(given: Given) -> None:
             raise Failure("--object secret: needs id=ID and data=TEXT or file=NAME")
 
 
-# -- opening images -------------------------------------------------------------------------------------------------------
+# -- opening images ---------------------------------------------------------------------------------------------------
 
 
 class Name(NamedTuple):
@@ -103,19 +104,19 @@ def name_of(given: Given, text: str, format_option: str = "-f", *, code: int = 1
     return Name(text, stated, given.has("--image-opts"))
 
 
-def target_of(name: Name, *, untrusted: bool = False) -> str | Mapping[str, OptionValue]:
-    """What `blocklib.open` is to open for `name`.  Raises OptionError.
+def target_of(name: Name, *, untrusted: bool = False) -> Target:
+    """What `blocklib.open` is to open for `name`.  Raises OptionError, UsageError.
 
-    Names that begin with ``json:`` are options too, and ``file:`` may stand before any path; not so with `untrusted`, when
-    every name is taken as the library takes it.
+    A name is read as qemu-img reads it, ``json:{...}`` and ``file:`` included; with `untrusted` as the library does.
     """
     from blocklib.options import parse_options
+    from blocklib.policy import qemu_target
 
-    if name.is_options or (name.text.startswith("json:") and not untrusted):
+    if name.is_options:
         return parse_options(name.text)
     if not name.text:
         raise Failure("a file name is empty")
-    return name.text if untrusted else name.text.removeprefix("file:")
+    return name.text if untrusted else qemu_target(name.text)
 
 
 def open_image(
@@ -126,8 +127,12 @@ def open_image(
     write: bool = False,
     cache: CacheMode = "writeback",
     discard: Literal["ignore", "unmap"] = "ignore",
+    share: bool = True,
 ) -> Disk:
-    """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference."""
+    """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
+
+    Without `share`, -U is for other images of the command line.
+    """
     from blocklib.opening import open_disk
 
     untrusted = given.has("--untrusted")
@@ -139,27 +144,38 @@ def open_image(
         guess_raw=not untrusted,
         cache=cache,
         discard=discard,
-        force_share=given.has("-U"),
+        force_share=share and given.has("-U"),
     )
-    if write and not name.is_options and name.format is None and disk.chain()[0].driver == "raw":
-        text = f"warning: {name.text} was taken for a raw image: writes that would make it look like another format fail"
-        print_error(session.program, f"{text} (-f raw says that it is one)")
+    if write and name.format is None and not name.is_options and disk.chain()[0].driver == "raw":
+        warn_of_guess(session, name.text)
     return disk
 
 
-# -- jobs and errors ------------------------------------------------------------------------------------------------------
+def warn_of_guess(session: Session, filename: str) -> None:
+    """Say what follows from a format that was guessed, for an image that is written."""
+    print_error(
+        session.program,
+        f"warning: {filename} was taken for a raw image, so writes that would make it look like another format fail"
+        " (-f raw says that it is raw)",
+    )
 
 
-def run_job(session: Session, job: Job[R], report: Reporter) -> R:
-    """The result of `job`, shown by `report` while it runs and cancelled when the user interrupts."""
-    with job, session.cancelling(job.cancel):
+# -- jobs and errors --------------------------------------------------------------------------------------------------
+
+
+def run_job(session: Session, start: Callable[[], Job[R]], report: Reporter) -> R:
+    """The result of the job that `start` starts, shown by `report` while it runs, cancelled when the user interrupts."""
+    with report, start() as job, session.cancelling(job.cancel):
         while True:
             try:
-                return job.wait(timeout=_POLL)
+                result = job.wait(timeout=_POLL)
             except TimeoutError:
-                if job.status == "concluded":
-                    return job.wait()
-                report(job.progress)
+                if job.status != "concluded":
+                    report(job.progress)
+                    continue
+                result = job.wait()
+            report.finish()
+            return result
 
 
 def explain(exc: BlocklibError) -> str:

@@ -1,7 +1,7 @@
-"""The command line's grammar: what a command accepts as data, parsed as GNU getopt_long does, and the help made from it.
+"""The command line's grammar: what a command accepts, as data; parsed as GNU getopt_long does, and the help made from it.
 
-Short flags combine (``-Uf qcow2``), long ones may be abbreviated and take ``--name=value``, operands may stand anywhere and
-``--`` ends the options: what scripts written for qemu-img rely on.
+Short flags combine (``-Uf qcow2``), long ones may be abbreviated and take ``--name=value``, operands may stand anywhere
+and ``--`` ends the options: what scripts written for qemu-img rely on.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ UNIVERSAL = (
     HELP,
 )
 """What every command accepts."""
+_HELP_COLUMN = 26
 
 
 class Given:
@@ -111,5 +112,8 @@ def help_text(spelled: str, syntax: Syntax) -> str:
         spelled = ", ".join(option.names)
         if option.metavar:
             spelled += ("=" if option.names[-1].startswith("--") else " ") + option.metavar
-        lines.append(f"  {spelled:<26}  {option.help}" if len(spelled) <= 26 else f"  {spelled}\n  {'':<26}  {option.help}")
+        if len(spelled) > _HELP_COLUMN:
+            lines.append(f"  {spelled}")
+            spelled = ""
+        lines.append(f"  {spelled:<{_HELP_COLUMN}}  {option.help}")
     return "\n".join(lines)

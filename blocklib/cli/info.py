@@ -74,6 +74,18 @@ def _chain(session: Session, given: Given, name: Name) -> Iterator[ImageInfo]:
         name = Name(info.full_backing_filename or info.backing_filename, info.backing_format, is_options=False)
 
 
+def _info(given: Given, name: Name) -> ImageInfo:
+    from blocklib.opening import image_info
+
+    untrusted = given.has("--untrusted")
+    return image_info(
+        target_of(name, untrusted=untrusted),
+        format=name.format,
+        force_share=given.has("-U"),
+        guess_raw=not untrusted,
+    )
+
+
 # -- as JSON ----------------------------------------------------------------------------------------------------------
 
 

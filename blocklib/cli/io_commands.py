@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from blocklib.cli import io_requests as requests
@@ -107,7 +107,8 @@ def _call(shell: Shell, command: Command, words: list[str]) -> bool:
 
 def synopsis(command: Command) -> str:
     """What follows the name of a command, with a space before it: `` [-Cq] off len``."""
-    flags = "".join(option.names[0][1:] for option in command.options if option.metavar is None)
+    names = [option.names[0] for option in command.options if option.metavar is None]
+    flags = "".join(name[1:] for name in sorted(names, key=str.lower))
     parts = [f"[-{flags}]"] if flags else []
     parts += [f"[{option.names[0]} {option.metavar}]" for option in command.options if option.metavar is not None]
     if command.operands:
@@ -130,7 +131,7 @@ def _help(shell: Shell, given: Given) -> bool:
     if found is None:
         raise Failure(f"there is no command '{called}'")
     shell.say(_headline(found, called))
-    for option in found.options:
+    for option in sorted(found.options, key=lambda option: option.names[0].lower()):
         spelled = " ".join(filter(None, (option.names[0], option.metavar)))
         shell.say(f"  {spelled:<16}  {option.help}")
     return True
@@ -232,7 +233,8 @@ def _reopen(shell: Shell, given: Given) -> bool:
         if name.rpartition(".")[2] in ("driver", "filename", "node-name"):
             raise Failure(f"option '{name}' cannot be changed")
     # A format that was guessed stays what it is, whatever the bytes look like by now.
-    image_format = shell.need_disk().chain()[0].driver if isinstance(opening.target, str) else None
+    is_said = isinstance(opening.target, Mapping) and "driver" in opening.target
+    image_format = None if is_said else shell.need_disk().chain()[0].driver
     changed = opening._replace(
         format=image_format,
         options={**flatten(opening.options), **changes},

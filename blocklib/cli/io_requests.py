@@ -30,9 +30,7 @@ _PIECE = 1 << 16
 _PREALLOCATION_MODES: tuple[Preallocation, ...] = ("off", "metadata", "falloc", "full")
 _DIGITS = {8: "01234567", 10: "0123456789", 16: "0123456789abcdef"}
 
-PARSABLE = Option(
-    ("-C",), None, "print statistics for programs: bytes,requests,time,bytes per second,requests per second"
-)
+PARSABLE = Option(("-C",), None, "print statistics for programs: bytes,requests,time,bytes per second,requests per second")
 QUIET = Option(("-q",), None, "print no statistics")
 DUMP = Option(("-v",), None, "print the bytes that were read")
 VERIFY = Option(("-P",), "pattern", "fail unless all bytes that were read are this one")

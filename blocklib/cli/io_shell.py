@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
-from blocklib.cli.common import cache_mode
+from blocklib.cli.common import cache_mode, warn_of_guess
 from blocklib.cli.getopt import Given, Option
 from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
@@ -16,6 +16,7 @@ from blocklib.errors import BlocklibError
 if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.options import CacheMode, OptionValue
+    from blocklib.policy import Target
 
 READ_ONLY = Option(("-r", "--read-only"), None, "open for reading only")
 SNAPSHOT = Option(("-s", "--snapshot"), None, "keep what is written in a temporary overlay, which is lost at the end")
@@ -41,7 +42,7 @@ _DISCARD_MODES: Mapping[str, Literal["ignore", "unmap"]] = {
 class Opening(NamedTuple):
     """How a disk is opened, kept to open it again in another way."""
 
-    target: str | Mapping[str, OptionValue]
+    target: Target
     format: str | None
     options: Mapping[str, OptionValue]
     write: bool
@@ -51,12 +52,7 @@ class Opening(NamedTuple):
     snapshot: bool
 
 
-def opening_of(
-    given: Given,
-    target: str | Mapping[str, OptionValue],
-    image_format: str | None,
-    options: Mapping[str, OptionValue],
-) -> Opening:
+def opening_of(given: Given, target: Target, image_format: str | None, options: Mapping[str, OptionValue]) -> Opening:
     """`target` opened as the flags in `given` say.  Raises Failure for values that there are not."""
     if given.has("-C"):
         raise Failure("-C: copy-on-read is not supported")
@@ -90,6 +86,8 @@ class Shell:
         self.untrusted = untrusted
         self.misaligned = misaligned
         self.disk: Disk | None = None
+        self._base: Disk | None = None
+        """What a temporary overlay stands on."""
         self.opening: Opening | None = None
         self.finished = False
         """The command ``quit`` was given."""
@@ -171,31 +169,31 @@ class Shell:
             force_share=opening.force_share,
             options=opening.options or None,
         )
-        if write and opening.format is None and isinstance(opening.target, str) and disk.chain()[0].driver == "raw":
-            self.complain(
-                f"warning: {opening.target} was taken for a raw image: writes that would make it look like another"
-                " format fail (say that it is raw to lift this)"
-            )
+        if write and opening.format is None and not isinstance(opening.target, Mapping):
+            top = disk.chain()[0]
+            if top.driver == "raw":
+                warn_of_guess(self.session, top.filename or top.name)
         return disk
 
     def _with_overlay(self, opening: Opening) -> Disk:
         """A temporary overlay on the disk.  Its file has no name any more, so nothing has to be cleaned up."""
         import tempfile
 
-        import blocklib
+        from blocklib.creating import create
         from blocklib.opening import open_disk
 
         base = self._open(opening, write=False)
         try:
             with tempfile.TemporaryDirectory(prefix="blocklib-") as folder:
                 path = f"{folder}/overlay.qcow2"
-                blocklib.create(path, base.size, format="qcow2")
-                return open_disk(
-                    path, "r+" if opening.write else "r", format="qcow2", backing=base, cache="unsafe", discard="unmap"
-                )
+                create(path, base.size, format="qcow2")
+                mode: Literal["r", "r+"] = "r+" if opening.write else "r"
+                overlay = open_disk(path, mode, format="qcow2", backing=base, cache="unsafe", discard="unmap")
         except BaseException:
             base.close()
             raise
+        self._base = base
+        return overlay
 
     def reopen(self, opening: Opening) -> None:
         """Close the disk and open it again; if that fails, it is open as before and the error is raised."""
@@ -210,7 +208,11 @@ class Shell:
 
     def close(self) -> None:
         """Close the disk, if one is open."""
-        disk, self.disk = self.disk, None
-        self.opening = None
-        if disk is not None:
-            disk.close()
+        disk, base = self.disk, self._base
+        self.disk = self._base = self.opening = None
+        try:
+            if disk is not None:
+                disk.close()
+        finally:
+            if base is not None:
+                base.close()

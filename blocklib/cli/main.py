@@ -1,7 +1,7 @@
 """Where a run begins: which program are we called as, which command is wanted, and how does it end.
 
-Called through a link named ``qemu-img`` or ``qemu-io`` this is that program.  Commands are imported by name when they are
-called, so that ``info`` of a small image does not pay for the others.
+Called through a link named ``qemu-img`` or ``qemu-io`` this is that program.  Commands are imported by name when they
+are called, so that ``info`` of a small image does not pay for the others.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         return _leave_broken_pipe()
     except KeyboardInterrupt:  # before or after the command's own work, where there is nothing to undo
         return EXIT_INTERRUPTED
-    except Exception as exc:  # noqa: BLE001 - this is the edge: whatever went wrong becomes one line
+    except Exception as exc:  # the edge: whatever went wrong becomes one line
         return _report(session, exc)
     return code
 
@@ -119,9 +119,13 @@ def _load(command: str) -> Command:
 
 
 def _version(program: str) -> str:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    ours = f"blocklib {version('pyblocklib')}"
+    try:
+        number = version("pyblocklib")
+    except PackageNotFoundError:
+        number = "(not installed)"
+    ours = f"blocklib {number}"
     # Programs that call qemu-img look for its name and number at the beginning of this line.
     return ours if program == "blocklib" else f"{program} version {_QEMU_VERSION} ({ours})"
 
@@ -129,7 +133,7 @@ def _version(program: str) -> str:
 def _overview(program: str) -> str:
     lines = [f"usage: {program} COMMAND [options] ...", "", "Work with virtual disk images.", "", "commands:"]
     lines += [f"  {name:<10}  {about}" for name, about in COMMANDS.items()]
-    lines += ["", f"'{program} COMMAND --help' tells what a command accepts, '{program} --version' which version this is."]
+    lines += ["", f"'{program} COMMAND --help' tells what a command accepts, '{program} --version' which one this is."]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ def print_error(program: str, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON, four spaces a level, in ASCII.  Bytes of a name that are no UTF-8 become U+FFFD, as in qemu-img."""
+    """`value` as JSON in ASCII, four spaces a level.  Bytes of a name that are no UTF-8 become U+FFFD, as in qemu-img."""
     import json
 
     return json.dumps(_without_surrogates(value), indent=_INDENT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -123,11 +123,11 @@ class _Bar(Reporter):
         self._bar: RichProgress | None = None
 
     def begin(self) -> None:
-        self._started = time.monotonic()
+        self._started = monotonic()
 
     def show(self, progress: Progress) -> None:
         if self._bar is None:
-            if time.monotonic() - self._started < _BAR_AFTER:
+            if monotonic() - self._started < _BAR_AFTER:
                 return
             self._bar = _make_bar()
             self._bar.add_task(self._verb, total=progress.total)

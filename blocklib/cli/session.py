@@ -1,7 +1,7 @@
 """One run of a command: who is called, in which thread it works, and how it is interrupted.
 
-The command works in a worker thread.  The main thread only waits, so that a signal is seen at once and becomes a request to
-stop: a torn metadata change would otherwise end in the middle of whatever Python happened to be doing.
+The command works in a worker thread.  The main thread only waits, so that a signal is seen at once and becomes a request
+to stop: a torn metadata change would otherwise end in the middle of whatever Python happened to be doing.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def run_in_worker(session: Session, work: Callable[[], int]) -> int:
 def _signals(session: Session) -> Iterator[None]:
     """SIGINT asks the command to stop and SIGUSR1 asks how far it is, as with qemu-img.
 
-    Only the main thread may say so; elsewhere (a test, an embedding) signals stay as they are.  A SIGINT that our caller
-    had ignored stays ignored.
+    Only the main thread may say so; elsewhere (a test, an embedding) signals stay as they are.  One that our caller had
+    ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -66,9 +66,7 @@ class RateLimit:
 class Control:
     """The state that a job's thread shares with everybody who watches or steers the job; `changed` guards all of it."""
 
-    def __init__(
-        self, verb: str, *, speed: int = 0, progress: ProgressCallback | None = None, clock: Clock = CLOCK
-    ) -> None:
+    def __init__(self, verb: str, *, speed: int = 0, progress: ProgressCallback | None = None, clock: Clock = CLOCK) -> None:
         self.verb = verb
         self.clock = clock
         self.changed = threading.Condition()

@@ -32,9 +32,7 @@ def _cancel_all() -> None:
         if job._pid == os.getpid():
             import warnings
 
-            warnings.warn(
-                f"{job!r} is still at work at exit and is cancelled: wait for it", ResourceWarning, stacklevel=1
-            )
+            warnings.warn(f"{job!r} is still at work at exit and is cancelled: wait for it", ResourceWarning, stacklevel=1)
             job._end()
 
 
@@ -98,9 +96,7 @@ class Job(Generic[R]):
     def wait(self, timeout: float | None = None, *, until: Literal["concluded"] = "concluded") -> R: ...
     @overload
     def wait(self, timeout: float | None = None, *, until: Literal["ready", "pending"]) -> None: ...
-    def wait(
-        self, timeout: float | None = None, *, until: Literal["ready", "pending", "concluded"] = "concluded"
-    ) -> R | None:
+    def wait(self, timeout: float | None = None, *, until: Literal["ready", "pending", "concluded"] = "concluded") -> R | None:
         """Wait until the job has ended, and return its result; with `until`, until it was in that state or has ended.
 
         Raises the error of a job that failed, JobCancelled if it was cancelled, TimeoutError after `timeout` seconds

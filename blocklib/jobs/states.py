@@ -42,9 +42,7 @@ TRANSITIONS: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
 
 VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
     # Wider than QEMU's: cancelling what has just ended does nothing, since the caller cannot know (as Future.cancel).
-    "cancel": frozenset(
-        {"created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting", "concluded"}
-    ),
+    "cancel": frozenset({"created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting", "concluded"}),
     "pause": frozenset({"created", "running", "paused", "ready", "standby"}),
     "resume": frozenset({"created", "running", "paused", "ready", "standby"}),
     "set-speed": frozenset({"created", "running", "paused", "ready", "standby"}),

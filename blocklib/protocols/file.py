@@ -71,15 +71,11 @@ class FileNode(Node):
         aio: Aio = "threads",
     ) -> None:
         super().__init__(name, filename, read_only=read_only)
-        if force_share and not read_only:
-            raise OptionError(
-                f"{filename}: force-share is only for read-only images", option="force-share", driver=self.driver
-            )
-        if aio == "native" and not direct:
-            raise OptionError(
-                f"{filename}: aio=native needs cache.direct=on", option="aio", driver=self.driver, node=filename
-            )
         self.path = filename
+        if force_share and not read_only:
+            raise self._bad_option("force-share", "force-share is only for read-only images")
+        if aio == "native" and not direct:
+            raise self._bad_option("aio", "aio=native needs cache.direct=on")
         self.direct = direct
         self.no_flush = no_flush
         self.discard_passes = discard_passes
@@ -165,25 +161,15 @@ class FileNode(Node):
         return flags
 
     def _no_direct(self) -> StorageError:
-        return StorageError(
-            f"{self.path}: cache.direct=on is not possible here: the file system has no direct I/O (O_DIRECT)",
-            errno=errno.EINVAL,
-            operation="open",
-            filename=self.path,
-            node=self.filename,
-        )
+        text = "cache.direct=on is not possible here: the file system has no direct I/O (O_DIRECT)"
+        return self._error(text, errno.EINVAL, "open")
 
     def _check_kind(self, status: os.stat_result) -> None:
         kind = stat.S_IFMT(status.st_mode)
         if kind not in self._accepts:
             found = _KINDS.get(kind, "a block device" if kind == stat.S_IFBLK else "a regular file")
-            raise StorageError(
-                f"{self.path}: {found}, where the driver {self.driver!r} needs {self._accepted}",
-                errno=errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL,
-                operation="open",
-                filename=self.path,
-                node=self.filename,
-            )
+            number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+            raise self._error(f"{found}, where the driver {self.driver!r} needs {self._accepted}", number, "open")
 
     def _examine(self, fd: int) -> None:
         try:
@@ -209,19 +195,14 @@ class FileNode(Node):
         if can_lock(fd):
             return True
         if self.locking == "on":
-            raise StorageError(
-                f"{self.path}: locking=on is not possible here: the system or file system has no open-file locks",
-                errno=errno.ENOLCK,
-                operation="lock",
-                filename=self.path,
-                node=self.filename,
-            )
+            text = "locking=on is not possible here: the system or file system has no open-file locks"
+            raise self._error(text, errno.ENOLCK, "lock")
         return False
 
     def close(self) -> None:
         """Make what was written durable and let go of the file.  Raises StorageError; the file is closed all the same."""
         try:
-            if self._written:
+            if self._written and self._fd >= 0:
                 self.flush()
         finally:
             self.abandon()
@@ -246,9 +227,7 @@ class FileNode(Node):
         if read_only == self.read_only:
             return PendingChange(lambda: None, lambda: None)
         if self.force_share:
-            raise OptionError(
-                f"{self.path}: force-share is only for read-only images", option="force-share", driver=self.driver
-            )
+            raise self._bad_option("force-share", "force-share is only for read-only images")
         if read_only and self._written:
             self.flush()
         self._next_fd = self._open_again(read_only)
@@ -268,13 +247,8 @@ class FileNode(Node):
             else:
                 fd = self._opener(flags) if self._opener is not None else os.open(self.path, flags)
             if not os.path.samestat(ours, os.fstat(fd)):
-                raise StorageError(
-                    f"{self.path}: another file has taken its name and it cannot be reopened",
-                    errno=errno.ESTALE,
-                    operation="reopen",
-                    filename=self.path,
-                    node=self.filename,
-                )
+                text = "another file has taken its name and it cannot be reopened"
+                raise self._error(text, errno.ESTALE, "reopen")
         except OSError as exc:
             if fd >= 0:
                 os.close(fd)
@@ -361,10 +335,19 @@ class FileNode(Node):
         if isinstance(exc, BlocklibError):
             return exc
         if self._fd < 0:
-            return ClosedError(f"{self.path} is closed", node=self.name)
+            return self._closed_error()
         if exc.errno == errno.EBADF and self.read_only:
             return self._read_only_error()
         return StorageError.wrap(exc, operation, filename=self.path)
+
+    def _error(self, text: str, number: int | None, operation: str) -> StorageError:
+        return StorageError(f"{self.path}: {text}", errno=number, operation=operation, filename=self.path, node=self.filename)
+
+    def _bad_option(self, option: str, text: str, choices: Sequence[str] = ()) -> OptionError:
+        return OptionError(f"{self.path}: {text}", option=option, driver=self.driver, choices=choices, node=self.filename)
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"{self.path} is closed", node=self.name)
 
     def _read_only_error(self) -> ReadOnlyError:
         return ReadOnlyError(f"{self.path} is open for reading only", node=self.name)
@@ -508,21 +491,12 @@ class FileNode(Node):
         """
         self._check_writable()
         if preallocation not in ("off", "falloc", "full"):
-            raise OptionError(
-                f"{self.path}: preallocation {preallocation!r} is not for files",
-                option="preallocation",
-                driver=self.driver,
-                choices=("off", "falloc", "full"),
-            )
+            choices = ("off", "falloc", "full")
+            raise self._bad_option("preallocation", f"preallocation {preallocation!r} is not for files", choices)
         if self.is_device:
             if size > self.size:
-                raise StorageError(
-                    f"{self.path}: a device of {self.size} bytes cannot grow to {size}",
-                    errno=errno.ENOSPC,
-                    operation="truncate",
-                    filename=self.path,
-                    node=self.filename,
-                )
+                text = f"a device of {self.size} bytes cannot grow to {size}"
+                raise self._error(text, errno.ENOSPC, "truncate")
             return
         try:
             with self._size_lock:
@@ -560,17 +534,14 @@ class FileNode(Node):
 
         Raises StorageError; once it has, every later flush does too, because the kernel tells of lost writes only once.
         """
+        if self._fd < 0:
+            raise self._closed_error()
         if self.no_flush or self.read_only:
             return
         with self._flush_lock:
             if self._flush_error is not None:
-                raise StorageError(
-                    f"{self.path}: an earlier flush failed and writes may be lost; close and reopen the image",
-                    errno=self._flush_error.errno,
-                    operation="fdatasync",
-                    filename=self.path,
-                    node=self.filename,
-                ) from self._flush_error
+                text = "an earlier flush failed and writes may be lost; close and reopen the image"
+                raise self._error(text, self._flush_error.errno, "fdatasync") from self._flush_error
             self._written = False
             try:
                 getattr(os, "fdatasync", os.fsync)(self._fd)

@@ -1,4 +1,4 @@
-"""Byte locks that tell other programs how an image file is used; the same bytes as QEMU's, so that a running VM and we see each other.
+"""Byte locks that tell other programs how an image file is used: the same bytes as QEMU's, so that we see a VM and it us.
 
 In the room of protocols.  A user of a file read-locks byte 100 + n for each permission n that it uses and byte 200 + n for
 each that it lets nobody else use; whoever finds the opposite byte locked by somebody else has a conflict.  The locks are
@@ -213,7 +213,7 @@ def find_holder(fd: int, byte: int) -> int | None:
 
 def _descriptors_of(pid: int, device: int, inode: int) -> list[int]:
     """The descriptors that a process has of one file."""
-    found = []
+    found: list[int] = []
     try:
         numbers = os.listdir(f"/proc/{pid}/fd")
     except OSError:  # it has ended, or belongs to somebody else

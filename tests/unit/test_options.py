@@ -302,7 +302,7 @@ def test_a_value_may_be_typed_or_text(name: str, value: object, typed: object) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("lazy-refcounts", bad) for bad in (1, 0, None, "1", "ON", "", "maybe", [], 1.0)],
+        *[("lazy-refcounts", bad) for bad in (1, 0, None, "1", "ON", "", "maybe", ["on"], 1.0)],
         *[("discard", bad) for bad in ("foo", None, 1, "")],
         *[("detect-zeroes", bad) for bad in ("true", 1, None)],
         *[("l2-cache-size", bad) for bad in (-1, "-1", "garbage", True, None, 1.5, "8E", 1 << 63)],

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 MAX_FINDINGS: Final = 1000
 
-_CHECKED_FEATURES: Final = (
-    layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
-)
+_CHECKED_FEATURES: Final = layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
 
 
 def check_image(
@@ -94,10 +92,7 @@ def refuse_unsupported(header: Header) -> None:
     ]
     if header.crypt_method != layout.CRYPT_NONE:
         names.append("encryption")
-    if (
-        header.autoclear_features & layout.AUTOCLEAR_BITMAPS
-        or header.extension(layout.EXTENSION_BITMAPS) is not None
-    ):
+    if header.autoclear_features & layout.AUTOCLEAR_BITMAPS or header.extension(layout.EXTENSION_BITMAPS) is not None:
         names.append("bitmaps")
     if names:
         raise UnsupportedFeatureError(

@@ -7,7 +7,7 @@ the caller.  Source: sections "Host cluster management" and "Cluster mapping" of
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,15 @@ from blocklib.formats.qcow2 import layout
 U64Array: TypeAlias = NDArray[np.uint64]
 IndexArray: TypeAlias = NDArray[np.intp]
 BoolArray: TypeAlias = NDArray[np.bool_]
-CountArray: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
+CountArray: TypeAlias = NDArray[np.unsignedinteger[Any]]
+"""uint8, uint16, uint32 or uint64."""
 
-_COUNT_TYPES: Final = {3: np.uint8, 4: np.uint16, 5: np.uint32, 6: np.uint64}
+_COUNT_TYPES: Final[dict[int, type[np.unsignedinteger[Any]]]] = {3: np.uint8, 4: np.uint16, 5: np.uint32, 6: np.uint64}
 _DENSE: Final = 4
 """Cluster indices are counted in a window of at most this many times their number, otherwise one by one."""
 
 
-def count_type(refcount_order: int) -> type[np.unsignedinteger]:
+def count_type(refcount_order: int) -> type[np.unsignedinteger[Any]]:
     """The smallest array type that holds refcounts of 1 << `refcount_order` bits."""
     return _COUNT_TYPES[max(refcount_order, 3)]
 
@@ -48,8 +49,9 @@ def pack_refcounts(counts: CountArray, refcount_order: int) -> bytes:
         return counts.astype(np.dtype(_COUNT_TYPES[refcount_order]).newbyteorder(">")).tobytes()
     width = 1 << refcount_order
     shifts = np.arange(0, 8, width, dtype=np.uint8)
-    parts = counts.astype(np.uint8).reshape(-1, 8 // width) << shifts
-    return np.bitwise_or.reduce(parts, axis=1).tobytes()
+    parts: NDArray[np.uint8] = counts.astype(np.uint8).reshape(-1, 8 // width) << shifts
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1)
+    return packed.tobytes()
 
 
 def add_references(counts: CountArray, clusters: IndexArray, weights: U64Array | None = None) -> None:

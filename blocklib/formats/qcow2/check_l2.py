@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import BoolArray, IndexArray, U64Array, compressed_ranges, count_fragments
-from blocklib.formats.qcow2.check_stored import read_bytes
+from blocklib.formats.qcow2.check_counts import IndexArray, U64Array, compressed_ranges, count_fragments
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def describe_flag(copied: bool) -> str:
 def read_l2_tables(file: ImageFile, offsets: U64Array, cluster_size: int) -> U64Array:
     """The entries of the tables at `offsets` (ascending), one table after the other; adjacent ones are read at once."""
     raw = np.empty(offsets.size * cluster_size, dtype=np.uint8)
-    view = memoryview(raw)
+    view = raw.data
     breaks = (np.flatnonzero(np.diff(offsets) != np.uint64(cluster_size)) + 1).tolist()
     for first, stop in zip([0, *breaks], [*breaks, offsets.size]):
         file.read(int(offsets[first]), view[first * cluster_size : stop * cluster_size])
@@ -40,9 +39,7 @@ class Batch:
 
     __slots__ = ("active_uses", "entries", "offsets", "row_bits", "uses")
 
-    def __init__(
-        self, offsets: U64Array, uses: U64Array, active_uses: U64Array, entries: U64Array, row_bits: int
-    ) -> None:
+    def __init__(self, offsets: U64Array, uses: U64Array, active_uses: U64Array, entries: U64Array, row_bits: int) -> None:
         self.offsets = offsets
         self.uses = None if (uses == 1).all() else uses
         """None where every table is used once, as nearly always."""
@@ -175,6 +172,8 @@ class L2Walk:
         times = batch.active_times(wrong_places)
         if batch.active_uses is not None:
             wrong_places = wrong_places[batch.active_uses[wrong_places >> batch.row_bits] > 0]
+
+        self._scan.wrong_flags += wrong_places.size
 
         def describe(place: int) -> Finding:
             entry = int(batch.entries[place])

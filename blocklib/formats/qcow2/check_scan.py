@@ -77,7 +77,12 @@ class Scan:
         self.shared: IndexArray = np.empty(0, dtype=np.intp)
         """Clusters of metadata that something else refers to as well, ascending."""
         self.active_l1: U64Array = np.empty(0, dtype=np.uint64)
-        self.too_low = 0
+        self.n_too_low = 0
+        """Clusters with more references than the stored count says."""
+        self.wrong_flags = 0
+        """Entries of active tables whose copied flag contradicts the stored count."""
+        self.usable_blocks: BoolArray = np.empty(0, dtype=bool)
+        """For each refcount table entry: its block is where it should be and nothing else is there."""
         self.walk = L2Walk(self, progress)
         self._n_references = 0
         self._roles: list[tuple[str, U64Array, U64Array]] = []
@@ -88,6 +93,15 @@ class Scan:
     def end(self) -> int:
         """The first cluster after everything: the end of the file, or of a structure that reaches past it."""
         return self.n_clusters + int(self.counts[self.n_clusters] > 0)
+
+    @property
+    def is_clean(self) -> bool:
+        return not any(self.findings.totals.values())
+
+    @property
+    def counts_suffice(self) -> bool:
+        """No cluster in use has too low a count, or one that is not known: nothing can be overwritten by mistake."""
+        return not (self.n_too_low or self.findings.totals["check-error"])
 
     def _run(self) -> None:
         header, cluster_size = self.header, self.geometry.cluster_size
@@ -100,6 +114,7 @@ class Scan:
         self._count_refcount_blocks()
         self._find_overflows()
         self._find_shared()
+        self.usable_blocks = self._find_usable_blocks()
         self._compare()
 
     # -- counting -----------------------------------------------------------------------------------------------------
@@ -195,6 +210,7 @@ class Scan:
             return Finding("corruption", "entry of the active L1 table", host_offset, expected, f"{int(table[place]):#x}")
 
         wrong_places = places[wrong]
+        self.wrong_flags += wrong_places.size
         self.findings.add_each("corruption", wrong_places, describe, times=wrong_places.size, repairable=True)
 
     def _use_l2_tables(self, l2_offsets: U64Array, active: bool, times: int) -> None:
@@ -286,6 +302,14 @@ class Scan:
 
         self.findings.add_each("corruption", agreed, describe, times=agreed.size)
 
+    def _find_usable_blocks(self) -> BoolArray:
+        stored = self.stored
+        usable: BoolArray = (stored.offsets != 0) & ~stored.unknown & ~self.beyond(stored.offsets)
+        usable &= (stored.table & np.uint64(layout.REFCOUNT_TABLE_RESERVED_MASK)) == 0
+        clusters = stored.offsets[usable] >> np.uint64(self.geometry.cluster_bits)
+        usable[usable] = ~np.isin(clusters.astype(np.intp), self.shared)
+        return usable
+
     def _compare(self) -> None:
         """Stored counts against references, cluster by cluster."""
         for start in range(0, self.end, _SLICE):
@@ -321,8 +345,7 @@ class Scan:
     def _tell_wrong(self, places: IndexArray) -> None:
         too_high = self.stored.counts[places] > self.counts[places]
         leaks, low = places[too_high], places[~too_high]
-        self.too_low += low.size
-        # Whether they can be mended is for a repair to find out; the text says what most will want to know.
+        self.n_too_low += low.size
         self.findings.add_each("leak", leaks, self._describe_leak, times=leaks.size, repairable=True)
         self.findings.add_each("corruption", low, self._describe_low, times=low.size, repairable=True)
 
@@ -330,7 +353,9 @@ class Scan:
         return self._describe_count("leak", place, repairable=not self.references_lost)
 
     def _describe_low(self, place: int) -> Finding:
-        return self._describe_count("corruption", place, repairable=True)
+        block = place >> self.geometry.refcount_block_bits
+        repairable = block < self.stored.table.size and bool(self.usable_blocks[block] or not self.stored.table[block])
+        return self._describe_count("corruption", place, repairable=repairable)
 
     def _describe_count(self, kind: Kind, place: int, *, repairable: bool) -> Finding:
         expected, found = str(int(self.counts[place])), str(int(self.stored.counts[place]))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import BoolArray, U64Array, count_type, unpack_refcounts
+from blocklib.formats.qcow2.check_counts import BoolArray, CountArray, U64Array, count_type, unpack_refcounts
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -34,10 +35,10 @@ class ImageFile(Protocol):
     def read(self, offset: int, view: memoryview, /) -> None: ...
 
 
-def read_bytes(file: ImageFile, host_offset: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def read_bytes(file: ImageFile, host_offset: int, length: int) -> NDArray[np.uint8]:
     """`length` bytes, zeros past the end of the file."""
     raw = np.empty(length, dtype=np.uint8)
-    file.read(host_offset, memoryview(raw))
+    file.read(host_offset, raw.data)
     return raw
 
 
@@ -85,7 +86,7 @@ class StoredRefcounts:
                 part = self.counts[index * per_block : (index + 1) * per_block]
                 part[:] = self.load_block(offset)[: part.size]
 
-    def load_block(self, host_offset: int) -> np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]:
+    def load_block(self, host_offset: int) -> CountArray:
         """The counts of the refcount block at `host_offset`, one for each cluster that it covers."""
         raw = read_bytes(self._file, host_offset, self._geometry.cluster_size)
         return unpack_refcounts(raw, self._geometry.refcount_order)
@@ -95,7 +96,7 @@ class StoredRefcounts:
         clusters = offsets >> np.uint64(self._geometry.cluster_bits)
         inside = clusters < np.uint64(self.counts.size)
         if inside.all():
-            return self.counts[clusters.astype(np.intp)] == 1
+            return np.equal(self.counts[clusters.astype(np.intp)], 1)
         answer = np.zeros(offsets.size, dtype=bool)
         answer[inside] = self.counts[clusters[inside].astype(np.intp)] == 1
         answer[~inside] = self._are_one_beyond(clusters[~inside])

@@ -7,6 +7,7 @@ accepted, and nothing at all to an image that is open read-only.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -380,7 +381,12 @@ class Qcow2Node(Node):
             return False
         if entry & layout.FLAG_ZERO:
             return True
-        return not entry & layout.OFFSET_MASK and not self._has_backing
+        if entry & layout.OFFSET_MASK or self._has_backing:
+            return False
+        if self.header.version > layout.VERSION_2:
+            slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
+            mapping.replace(slice_offset, table, mapping.index_in_slice(offset), array("Q", (layout.FLAG_ZERO,)))
+        return True
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         from blocklib.formats.qcow2.zeroing import zero_range

@@ -136,11 +136,13 @@ class Refcounts:
         start = self._hint
         while True:
             block_index = start >> self._block_bits
+            index = None
             if block_index >= len(self.table) or not self.table[block_index]:
-                self._add_blocks(block_index)
-                continue
-            block = self.block(block_index)
-            index = self._find_free(block, start & self._block_mask)
+                if self._is_beyond_the_file(block_index):
+                    self._add_blocks(block_index)
+                    continue
+            else:
+                index = self._find_free(self.block(block_index), start & self._block_mask)
             if index is None:
                 start = (block_index + 1) << self._block_bits
                 if not exactly:
@@ -220,7 +222,7 @@ class Refcounts:
             cluster = first + got
             block_index = cluster >> self._block_bits
             if block_index >= len(self.table) or not self.table[block_index]:
-                if not across_blocks:
+                if not across_blocks or not self._is_beyond_the_file(block_index):
                     return got
                 self._add_blocks(block_index)
                 continue
@@ -265,6 +267,16 @@ class Refcounts:
                     self._set(block_index, block, i, 1)
             done += n
         self._hint = max(self._hint, first + n_clusters) if self._hint >= first else self._hint
+
+    def _is_beyond_the_file(self, block_index: int) -> bool:
+        """Whether clusters that no block counts may be taken into use.
+
+        Inside the file an absent block means counts of zero, but also what a damaged table looks like: what lies there is
+        left alone.  A device has no end that says what was written; only its first clusters are known to be in use.
+        """
+        if self._file.node.is_device:
+            return block_index > 0
+        return (block_index << self._block_bits) << self.geometry.cluster_bits >= self._file.size
 
     # -- growing ------------------------------------------------------------------------------------------------------
 

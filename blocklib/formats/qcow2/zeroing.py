@@ -31,7 +31,8 @@ def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> Non
             return layout.FLAG_ZERO
         return entry | layout.FLAG_ZERO
 
-    _each_slice(node, offset, length, choose, skip_unmapped=not _shows_backing(node))
+    # Not even an image without a backing file leaves them out: it may be given one.
+    _each_slice(node, offset, length, choose, skip_unmapped=False)
 
 
 def discard_range(node: Qcow2Node, offset: int, length: int) -> None:

@@ -1,0 +1,163 @@
+"""block_copy: the one loop that copies a disk, in pieces, by a few threads, within bounded memory.
+
+The job's own thread cuts the work into pieces and hands them out; workers read in any order.  They write in the order of
+the disk unless told otherwise, so that a new image is laid out as if one thread had written it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from blocklib.buffers import zero_fill
+from blocklib.errors import StorageError
+from blocklib.jobs.control import Control
+from blocklib.jobs.crew import Crew, default_threads
+from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run, pieces
+from blocklib.jobs.zero_runs import BlockScanner
+
+_SECTOR: Final = 512
+
+
+class Reader(Protocol):
+    """What is copied from: a disk, or several one after the other."""
+
+    def readinto(self, offset: int, buffer: memoryview, /) -> None: ...
+
+
+class Writer(Protocol):
+    """What is copied to: a disk, or an image inside a chain."""
+
+    def write(self, offset: int, data: memoryview, /) -> None: ...
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None: ...
+
+
+class BlockCopy:
+    """Copies runs from `source` to `target`, at equal offsets.
+
+    - `block`: leave out zeroes of that many bytes, aligned to it, although they are stored as data; 0 copies them.
+    - `zero_known`: the target reads as zero where nothing was written yet, so zeroes are left out altogether.
+    - `shown`: what the target reads as where it has nothing of its own; runs to COMPARE are compared with it.
+    - `unordered`: workers write whenever they have something.
+    - `salvage`: what cannot be read becomes zero and is listed in `unreadable`.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        source: Reader,
+        target: Writer,
+        *,
+        block: int = 0,
+        zero_known: bool = False,
+        shown: Reader | None = None,
+        threads: int | None = None,
+        unordered: bool = False,
+        salvage: bool = False,
+    ) -> None:
+        self._control = control
+        self._source = source
+        self._target = target
+        self._scanner = BlockScanner(block or _SECTOR)
+        self._drop_zeroes = block > 0
+        self._zero_known = zero_known
+        self._shown = shown
+        self._unordered = unordered
+        self._salvage = salvage
+        self._crew = Crew(self._do, threads or default_threads())
+        self._lock = threading.Lock()  # guards what follows
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._unreadable: list[tuple[int, int]] = []
+
+    @property
+    def unreadable(self) -> tuple[tuple[int, int], ...]:
+        """(guest offset, length) of what could not be read, ascending."""
+        joined: list[tuple[int, int]] = []
+        for offset, length in sorted(self._unreadable):
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = joined[-1][0], joined[-1][1] + length
+            else:
+                joined.append((offset, length))
+        return tuple(joined)
+
+    def run(self, runs: Iterable[Run]) -> None:
+        """Do all of `runs`, ascending, once.  When it raises, requests in flight have ended."""
+        try:
+            for piece in pieces(runs):
+                if self._control.stop_requested:
+                    self._crew.settle()
+                self._control.pause_point(piece.copied)
+                self._crew.submit(piece)
+            self._crew.settle()
+        finally:
+            self._crew.close()
+
+    # -- in a worker --------------------------------------------------------------------------------------------------
+
+    def _do(self, piece: Piece, buffer: memoryview) -> None:
+        writes: list[tuple[int, int, memoryview | None]] = []
+        for offset, length, what in piece.runs:
+            if what == ZERO:
+                writes.append((offset, length, None))
+                continue
+            start = offset - piece.window
+            view = buffer[start : start + length]
+            self._read(offset, view)
+            if what == COPY:
+                self._add_writes(writes, offset, view)
+                continue
+            other = buffer[PIECE + start : PIECE + start + length]
+            assert self._shown is not None
+            self._shown.readinto(offset, other)
+            for first, last in self._scanner.changed_parts(view, other, offset):
+                self._add_writes(writes, offset + first, view[first:last])
+        if self._unordered:
+            self._write(writes)
+        elif self._crew.take_turn(piece):
+            self._write(writes)
+            self._crew.end_turn()
+        else:
+            return
+        with self._lock:
+            self.bytes_read += piece.copied
+            self.bytes_written += sum(length for _offset, length, data in writes if data is not None)
+        self._control.advance(piece.length)
+
+    def _add_writes(self, writes: list[tuple[int, int, memoryview | None]], offset: int, view: memoryview) -> None:
+        """Plan the writing of `view`, without its zeroes."""
+        if not self._drop_zeroes:
+            writes.append((offset, len(view), view))
+            return
+        done = 0
+        for first, last in self._scanner.data_parts(view, offset):
+            if done < first:
+                writes.append((offset + done, first - done, None))
+            writes.append((offset + first, last - first, view[first:last]))
+            done = last
+        if done < len(view):
+            writes.append((offset + done, len(view) - done, None))
+
+    def _write(self, writes: list[tuple[int, int, memoryview | None]]) -> None:
+        for offset, length, data in writes:
+            if data is not None:
+                self._target.write(offset, data)
+            elif not self._zero_known:
+                self._target.write_zeroes(offset, length, unmap=True)
+
+    def _read(self, offset: int, view: memoryview) -> None:
+        try:
+            self._source.readinto(offset, view)
+        except StorageError:
+            if not self._salvage:
+                raise
+            if len(view) <= _SECTOR:
+                zero_fill(view)
+                with self._lock:
+                    self._unreadable.append((offset, len(view)))
+                return
+            # Halving finds a bad sector in few reads, and costs nothing where all is well.
+            middle = -(-len(view) // (2 * _SECTOR)) * _SECTOR
+            self._read(offset, view[:middle])
+            self._read(offset + middle, view[middle:])

@@ -1,0 +1,280 @@
+"""convert: copy a disk, or several one after the other, into an image of any format."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from blocklib.creating import create
+from blocklib.disk import Disk
+from blocklib.errors import (
+    ImageExistsError,
+    OptionError,
+    OutOfRangeError,
+    StorageError,
+    UnsupportedFeatureError,
+    UsageError,
+)
+from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.ends import SECTOR, Concatenation, opened, same_file
+from blocklib.jobs.job import Job
+from blocklib.jobs.runs import COMPARE, COPY, SKIP, ZERO, Run, coalesced, without_equal_zeroes, without_small_zeroes
+from blocklib.opening import FROM_IMAGE, FromImage, open_disk
+from blocklib.policy import resolve_backing_name
+from blocklib.reports import ConvertResult
+
+if TYPE_CHECKING:
+    from blocklib.options import CacheMode, OptionValue
+    from blocklib.policy import References, Target
+
+SPARSE_SIZE = 4096
+"""Zeroes of fewer bytes are not worth a hole: QEMU's default."""
+
+
+def convert(
+    source: Disk | Target | Sequence[Disk | Target],
+    target: Disk | Target,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+    compress: Literal["zlib", "zstd"] | None = None,
+    compress_level: int | None = None,
+    threads: int | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    references: References = "deny",
+    cache: CacheMode = "writeback",
+    sparse_size: int = SPARSE_SIZE,
+    target_is_zero: bool = False,
+    unordered: bool = False,
+    salvage: bool = False,
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[ConvertResult]:
+    """Copy `source` into `target`; several sources are copied one after the other into one disk.
+
+    A `target` that is a path is created in `format` with its creation `options` (ImageExistsError if it is there, unless
+    `overwrite`), and removed again should this fail.  An open Disk, or a block device without `format`, is written into:
+    the source has to fit, and what lies behind it stays.
+
+    - `backing`: the new image keeps only what differs from this file; the name is stored as given.  Where an image of the
+      source's chain is that very file, what comes from there is not read; elsewhere contents are compared.
+    - `references`: may the backing file name others?  `cache`: how a target that is created here is written.
+    - `sparse_size`: zeroes of that many bytes become holes; 0 writes them all, so that the target is fully allocated.
+    - `target_is_zero`: the open target reads as zero everywhere, so that zeroes need not be written.
+    - `unordered`: write in any order.  `salvage`: what cannot be read becomes zero, and is listed in the result.
+    - `speed`: bytes a second at most; 0 is no limit.
+
+    Raises UsageError, OutOfRangeError (the target is too small), and what opening, reading and writing raise.
+    """
+    if compress is not None or compress_level is not None:
+        raise UnsupportedFeatureError("compressed images cannot be written yet", features=("compressed clusters",))
+    sources: list[Disk | Target] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
+    if not sources:
+        raise UsageError("nothing to convert")
+    if sparse_size < 0 or sparse_size % SECTOR:
+        raise UsageError(f"sparse_size is a multiple of {SECTOR}, not {sparse_size}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads")
+    if isinstance(target, Disk):
+        if format is not None or overwrite or options or backing is not None:
+            raise UsageError("format, overwrite, options and backing are for a target that is created, not for an open disk")
+        end: Disk | NewImage = target
+    else:
+        end = NewImage(
+            target,
+            format,
+            options or {},
+            backing=backing,
+            backing_format=backing_format,
+            overwrite=overwrite,
+            references=references,
+            cache=cache,
+        )
+        if end.backing is not None and (len(sources) > 1 or target_is_zero):
+            raise UsageError("a target with a backing file has one source, and is not zero")
+    task = _Convert(
+        sources,
+        end,
+        sparse_size=sparse_size,
+        target_is_zero=target_is_zero,
+        threads=threads,
+        unordered=unordered,
+        salvage=salvage,
+    )
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+
+
+@dataclass(eq=False)
+class _Convert(Task[ConvertResult]):
+    verb: ClassVar[str] = "convert"
+
+    sources: Sequence[Disk | Target]
+    target: Disk | NewImage
+    sparse_size: int
+    target_is_zero: bool
+    threads: int | None
+    unordered: bool
+    salvage: bool
+
+    def run(self, control: Control) -> ConvertResult:
+        began = time.monotonic()
+        with ExitStack() as stack:
+            source = Concatenation([stack.enter_context(opened(item)) for item in self.sources])
+            if isinstance(self.target, Disk):
+                target = self.target
+            else:
+                target = stack.enter_context(self.target.make(source.size))
+            if target.size < source.size:
+                raise OutOfRangeError(f"the target has {target.size} bytes, {source.size} are to be copied")
+            control.set_total(source.size)
+            copy = self._copy(control, source, target)
+            target.flush()
+            occupied = target.node.allocated_size()
+        return ConvertResult(
+            bytes_read=copy.bytes_read,
+            bytes_written=copy.bytes_written if occupied is None else occupied,
+            seconds=time.monotonic() - began,
+            unreadable=copy.unreadable,
+        )
+
+    def abort(self) -> None:
+        if isinstance(self.target, NewImage):
+            self.target.remove()
+
+    def _copy(self, control: Control, source: Concatenation, target: Disk) -> BlockCopy:
+        has_backing = isinstance(self.target, NewImage) and self.target.backing is not None
+        # A cluster of the target is data as a whole, so there is no use in leaving out parts of one.
+        block = max(self.sparse_size, target.node.cluster_size() or 0) if self.sparse_size else 0
+        copy = BlockCopy(
+            control,
+            source,
+            target,
+            block=block,
+            zero_known=self.target_is_zero or (isinstance(self.target, NewImage) and self.target.is_zero),
+            shown=target if has_backing else None,
+            threads=self.threads,
+            unordered=self.unordered,
+            salvage=self.salvage,
+        )
+        if has_backing:
+            copy.run(_runs_above_backing(source, target))
+        elif self.sparse_size:
+            copy.run(without_small_zeroes(source.runs(), block))
+        else:
+            copy.run(coalesced((start, n, COPY) for start, n, _what in source.runs()))
+        return copy
+
+
+def _runs_above_backing(source: Concatenation, target: Disk) -> Iterator[Run]:
+    """What to do so that `target`, new and empty above its backing file, becomes `source`."""
+    disk = source.disks[0]
+    chain = disk.chain()
+    backing = target.chain()[1]
+    same = next((image for image in chain[1:] if same_file(image.filename, backing.filename)), None)
+    if same is not None:
+        runs = source.runs(base=same, absent=SKIP, absent_zero=COMPARE)
+    elif len(chain) > 1:
+        runs = source.runs(base=chain[1], absent=COMPARE, absent_zero=COMPARE)
+    else:
+        runs = ((start, n, COMPARE if what == ZERO else COPY) for start, n, what in source.runs())
+    shown = Concatenation([target], size=source.size)
+    return without_equal_zeroes(runs, source.runs(), shown.runs())
+
+
+class NewImage:
+    """A target that is created, or a block device that is written into."""
+
+    def __init__(
+        self,
+        target: Target,
+        format: str | None,
+        options: Mapping[str, OptionValue],
+        *,
+        backing: str | os.PathLike[str] | None,
+        backing_format: str | None,
+        overwrite: bool,
+        references: References,
+        cache: CacheMode,
+    ) -> None:
+        self._target = target
+        self._format = format
+        self._options = {name: value for name, value in options.items() if name != "size"}
+        for name, value in (("backing_file", backing), ("backing_fmt", backing_format)):
+            if value is not None:
+                if self._options.get(name) is not None:
+                    raise OptionError(f"{name} is given twice", option=name)
+                self._options[name] = os.fspath(value)
+        self._overwrite = overwrite
+        self._references = references
+        self._cache = cache
+        self._is_device = isinstance(target, (str, os.PathLike)) and _is_block_device(target)
+        self._filename = ""
+        self._made: str | None = None
+        if format is None and not self._is_device:
+            raise UsageError("format= says what is to be created; only an open disk or a block device does without")
+
+    @property
+    def backing(self) -> str | None:
+        """The backing file's name, as the new image stores it."""
+        name = self._options.get("backing_file")
+        return str(name) if name is not None else None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all of it reads as zero once it was made."""
+        return self.backing is None and not self._is_device
+
+    def make(self, size: int) -> Disk:
+        """Create it with `size` bytes and open it for writing."""
+        if not self._is_device or self._format not in (None, "raw"):
+            self._create(size)
+        backing: Mapping[str, OptionValue] | FromImage = FROM_IMAGE
+        if self.backing is not None:
+            full_name = resolve_backing_name(self._filename, self.backing)
+            backing = {"driver": self._options["backing_fmt"], "file": {"driver": "file", "filename": full_name}}
+        return open_disk(
+            self._target,
+            "r+",
+            format=self._format,
+            references=self._references,
+            cache=self._cache,
+            discard="unmap",
+            backing=backing,
+        )
+
+    def _create(self, size: int) -> None:
+        format = self._format
+        assert format is not None
+        try:
+            made = create(self._target, size, format=format, options=self._options)
+            self._made = None if self._is_device else made.filename
+        except ImageExistsError:
+            if not self._overwrite:
+                raise
+            made = create(self._target, size, format=format, options=self._options, overwrite=True)
+        self._filename = made.filename
+
+    def remove(self) -> None:
+        """Remove the file, if `make` made one."""
+        if self._made is not None:
+            made, self._made = self._made, None
+            try:
+                os.unlink(made)
+            except OSError as exc:
+                raise StorageError.wrap(exc, "unlink", filename=made) from exc
+
+
+def _is_block_device(path: str | os.PathLike[str]) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False  # creating it will say what is wrong

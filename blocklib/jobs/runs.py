@@ -1,0 +1,174 @@
+"""What a copying job has to do where: runs of a disk, coalesced, and the bounded pieces that the work is done in.
+
+A run is (guest offset, length, what): COPY its data, ZERO the target there, SKIP it because the target has it already, or
+COMPARE it with what the target shows through there and copy what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from blocklib import status
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.extents import ExtentTable
+    from blocklib.reports import NodeInfo
+
+SKIP: Final = 0
+COPY: Final = 1
+ZERO: Final = 2
+COMPARE: Final = 3
+
+Run: TypeAlias = tuple[int, int, int]
+"""(guest offset, length, what to do): bytes."""
+
+PIECE: Final = 2 << 20
+"""A piece of work copies at most so many bytes, all from one window of this size and alignment."""
+_MOST_RUNS: Final = 1024
+"""And it has at most so many runs."""
+
+_FIRST_WINDOW: Final = 256 << 20
+_LAST_WINDOW: Final = 1 << 42
+_FEW_ROWS: Final = 1 << 14
+"""A table this short says that a larger window will do."""
+
+
+def runs_of(
+    disk: Disk,
+    offset: int,
+    length: int,
+    *,
+    base: NodeInfo | None = None,
+    absent: int = SKIP,
+    absent_zero: int = SKIP,
+) -> Iterator[Run]:
+    """The runs of a range of `disk`: ascending, contiguous.
+
+    Without `base` everything is COPY or ZERO.  With it, what no image above it holds is `absent`, or `absent_zero` where
+    that is known to be zero because an image in between ends.
+    """
+    if status.worth_tables(disk.node, length):
+        return _tabled(disk, offset, length, base, absent, absent_zero)
+    return _scalar(disk, offset, length, base, absent, absent_zero)
+
+
+def _scalar(disk: Disk, offset: int, length: int, base: NodeInfo | None, absent: int, absent_zero: int) -> Iterator[Run]:
+    for extent in disk.extents(offset, length, base=base):
+        if base is not None and not extent.present:
+            what = absent_zero if extent.zero else absent
+        else:
+            what = ZERO if extent.zero else COPY
+        yield extent.offset, extent.length, what
+
+
+def _tabled(disk: Disk, offset: int, length: int, base: NodeInfo | None, absent: int, absent_zero: int) -> Iterator[Run]:
+    """The same by tables, in windows that grow while their tables are short."""
+    window = _FIRST_WINDOW
+    end = offset + length
+    while offset < end:
+        n = min(window, end - offset)
+        table = disk.map(offset, n, base=base)
+        yield from _rows(table, base is not None, absent, absent_zero)
+        offset += n
+        if len(table) < _FEW_ROWS:
+            window = min(window * 2, _LAST_WINDOW)
+
+
+def _rows(table: ExtentTable, layered: bool, absent: int, absent_zero: int) -> list[Run]:
+    import numpy as np
+
+    what = np.where(table["zero"], ZERO, COPY)
+    if layered:
+        what = np.where(table["present"], what, np.where(table["zero"], absent_zero, absent))
+    first = np.flatnonzero(np.diff(what, prepend=-1))
+    starts = table["offset"][first]
+    end = int(table["offset"][-1] + table["length"][-1])
+    lengths = np.diff(starts, append=end)
+    return list(zip(starts.tolist(), lengths.tolist(), what[first].tolist()))
+
+
+def without_small_zeroes(runs: Iterable[Run], least: int) -> Iterator[Run]:
+    """The same runs, where zeroes of fewer than `least` bytes are data: one larger write is better than two."""
+    return coalesced((start, n, COPY if what == ZERO and n < least else what) for start, n, what in coalesced(runs))
+
+
+def coalesced(runs: Iterable[Run]) -> Iterator[Run]:
+    """The same runs with neighbours joined that say the same."""
+    start = length = 0
+    what = -1
+    for run_start, n, run_what in runs:
+        if run_what == what and run_start == start + length:
+            length += n
+            continue
+        if length:
+            yield start, length, what
+        start, length, what = run_start, n, run_what
+    if length:
+        yield start, length, what
+
+
+def zipped(first: Iterable[Run], second: Iterable[Run]) -> Iterator[tuple[int, int, int, int]]:
+    """(offset, length, what of `first`, what of `second`) over two lists of runs that cover the same range."""
+    others = iter(second)
+    other_start = other_end = other_what = 0
+    for start, n, what in first:
+        end = start + n
+        while start < end:
+            if start >= other_end:
+                other_start, length, other_what = next(others)
+                other_end = other_start + length
+            stop = min(end, other_end)
+            yield start, stop - start, what, other_what
+            start = stop
+
+
+def without_equal_zeroes(runs: Iterable[Run], source: Iterable[Run], shown: Iterable[Run]) -> Iterator[Run]:
+    """The same runs, with nothing to COMPARE where `source` and `shown`, over the same range, are both known to be zero."""
+    zeroes = coalesced((start, n, ZERO if a == b == ZERO else COPY) for start, n, a, b in zipped(source, shown))
+    return coalesced((start, n, SKIP if a == COMPARE and b == ZERO else a) for start, n, a, b in zipped(runs, zeroes))
+
+
+class Piece:
+    """Runs that one worker does with one buffer: what they read lies in the window that begins at `window`."""
+
+    __slots__ = ("copied", "index", "length", "runs", "window")
+
+    def __init__(self, index: int, window: int) -> None:
+        self.index = index
+        self.window = window
+        self.runs: list[Run] = []
+        self.length = 0
+        """Bytes of the disk that are done with the piece."""
+        self.copied = 0
+        """Bytes of them that have to be read."""
+
+    def add(self, offset: int, length: int, what: int) -> None:
+        if what != SKIP:
+            self.runs.append((offset, length, what))
+        self.length += length
+        if what in (COPY, COMPARE):
+            self.copied += length
+
+
+def pieces(runs: Iterable[Run]) -> Iterator[Piece]:
+    """Cut runs into pieces, in order."""
+    piece = Piece(0, -1)
+    for offset, length, what in runs:
+        if what in (SKIP, ZERO):
+            piece.add(offset, length, what)
+            continue
+        end = offset + length
+        while offset < end:
+            window = offset // PIECE * PIECE
+            if piece.window < 0:
+                piece.window = window
+            elif piece.window != window or len(piece.runs) >= _MOST_RUNS:
+                yield piece
+                piece = Piece(piece.index + 1, window)
+            n = min(end, window + PIECE) - offset
+            piece.add(offset, n, what)
+            offset += n
+    if piece.length:
+        yield piece

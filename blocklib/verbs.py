@@ -1,0 +1,30 @@
+"""The long verbs, waited for: each starts the job of the same name in `blocklib.jobs` and returns its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from blocklib import jobs
+from blocklib.jobs import Job
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _waited_for(start: Callable[P, Job[R]]) -> Callable[P, R]:
+    """`start` as a function that returns when the job has ended.
+
+    What ends the wait early (Ctrl-C) cancels the job and goes up once its requests in flight have ended.
+    """
+
+    @wraps(start)
+    def verb(*args: P.args, **kwargs: P.kwargs) -> R:
+        with start(*args, **kwargs) as job:
+            return job.wait()
+
+    return verb
+
+
+convert = _waited_for(jobs.convert)

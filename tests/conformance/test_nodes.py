@@ -1,0 +1,152 @@
+"""Every driver that can be written against the contract of nodes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blocklib.errors import StorageError
+from blocklib.formats.raw import RawNode
+from blocklib.node import Node
+from blocklib.protocols import host
+from blocklib.protocols.file import FileNode, HostDeviceNode
+from blocklib.protocols.memory import MemoryNode
+from tests.conformance.node_tests import NodeTests
+from tests.nodes import attached
+from tests.programs import find_program
+
+
+class TestFile(NodeTests):
+    direct = False
+
+    def make(self, folder: Path) -> Node:
+        with (folder / "disk").open("wb") as file:
+            file.truncate(self.size)
+        return self.open_again(folder, read_only=False)
+
+    def open_again(self, folder: Path, *, read_only: bool) -> FileNode:
+        node = FileNode(None, str(folder / "disk"), read_only=read_only, direct=self.direct)
+        try:
+            node.load()
+        except StorageError as exc:
+            if self.direct and exc.errno == errno.EINVAL:
+                pytest.skip("the file system of the tests has no direct I/O")
+            raise
+        return node
+
+
+class TestFileWithDirectIo(TestFile):
+    direct = True
+
+
+class TestFileWithoutFallocate(TestFile):
+    @pytest.fixture(autouse=True)
+    def _old_file_system(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unsupported(*_: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(host, "fallocate", unsupported)
+
+
+class TestFileWithDirectIoAndWithoutFallocate(TestFileWithoutFallocate):
+    direct = True
+
+
+class TestMemory(NodeTests):
+    def make(self, folder: Path) -> Node:
+        return MemoryNode(None, self.size)
+
+
+class TestMemoryThatInsistsOnAlignment(NodeTests):
+    def make(self, folder: Path) -> Node:
+        return MemoryNode(None, self.size, alignment=4096)
+
+
+class TestRawOverFile(TestFile):
+    is_exact = False
+
+    def make(self, folder: Path) -> Node:
+        return self._raw(super().make(folder))
+
+    def open_again(self, folder: Path, *, read_only: bool) -> Node:  # type: ignore[override]
+        return self._raw(super().open_again(folder, read_only=read_only))
+
+    def _raw(self, file: Node) -> Node:
+        if isinstance(file, RawNode):
+            return file
+        file.discard_passes = True
+        return attached(RawNode(None, file.filename, read_only=file.read_only), file)
+
+
+class TestRawOverFileWithDirectIo(TestRawOverFile):
+    direct = True
+
+
+class TestRawOverMemory(NodeTests):
+    is_exact = False
+
+    def make(self, folder: Path) -> Node:
+        return attached(RawNode(None, None, read_only=False), MemoryNode(None, self.size))
+
+
+class TestRawWindowThatIsAlignedToNothing(NodeTests):
+    is_exact = False
+
+    def make(self, folder: Path) -> Node:
+        memory = MemoryNode(None, self.size + 777, alignment=512)
+        return attached(RawNode(None, None, read_only=False, offset=777), memory)
+
+
+class TestRawWindowOfFixedSize(NodeTests):
+    can_resize = False
+
+    def make(self, folder: Path) -> Node:
+        memory = MemoryNode(None, self.size + 5000)
+        return attached(RawNode(None, None, read_only=False, offset=3, size=self.size), memory)
+
+
+class TestRawThatWasGuessed(NodeTests):
+    is_exact = False
+
+    def make(self, folder: Path) -> Node:
+        return attached(RawNode(None, None, read_only=False, guessed=True), MemoryNode(None, self.size))
+
+
+class TestBlockDevice(NodeTests):
+    can_resize = False
+    direct = False
+
+    @pytest.fixture(autouse=True)
+    def _device(self, tmp_path: Path) -> Iterator[None]:
+        """`path` is a loop device over a file; it needs privileges that few test runs have."""
+        losetup = find_program("losetup")
+        if losetup is None:
+            pytest.skip("no losetup here")
+        with (tmp_path / "backing").open("wb") as file:
+            file.truncate(self.size)
+        command = [losetup, "--find", "--show", str(tmp_path / "backing")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"no loop device: {done.stderr.strip()}")
+        self.path = done.stdout.strip()
+        try:
+            yield
+        finally:
+            subprocess.run([losetup, "--detach", self.path], check=True)
+
+    def make(self, folder: Path) -> Node:
+        return self.open_again(folder, read_only=False)
+
+    def open_again(self, folder: Path, *, read_only: bool) -> Node:
+        node = HostDeviceNode(None, self.path, read_only=read_only, direct=self.direct)
+        node.load()
+        return node
+
+
+class TestBlockDeviceWithDirectIo(TestBlockDevice):
+    direct = True

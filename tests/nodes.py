@@ -1,0 +1,59 @@
+"""What tests of single nodes share: putting nodes together, using them with permissions, looking at locks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blocklib.graph import ALL, CONSISTENT_READ, Edge, Transaction
+from blocklib.node import Node
+
+
+def attached(parent: Node, child: Node, name: str = "file") -> Node:
+    """`parent` with `child` below it, loaded."""
+    with Transaction() as change:
+        change.attach(parent, name, child)
+    parent.load()
+    return parent
+
+
+@contextmanager
+def used(node: Node, wanted: int = CONSISTENT_READ, shared: int = ALL) -> Iterator[Edge]:
+    """A user of a loaded node, with these permissions; the node is closed at the end if nobody else uses it."""
+    with Transaction() as change:
+        edge = change.attach(None, "user", node, wanted=wanted, shared=shared)
+    try:
+        yield edge
+    finally:
+        with Transaction() as change:
+            change.detach(edge)
+
+
+def descriptors_of(path: str | Path) -> list[int]:
+    """Our own descriptors of a file."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            if link.samefile(path):
+                found.append(int(link.name))
+        except OSError:  # the one that lists them
+            continue
+    return found
+
+
+def locked_bytes(path: str | Path, pid: int | str = "self") -> set[int]:
+    """The bytes of a file that a process has read-locked through open file descriptions."""
+    found: set[int] = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        info = Path(f"/proc/{pid}/fdinfo") / link.name
+        try:
+            if not link.samefile(path):
+                continue
+            lines = info.read_text().splitlines()
+        except OSError:  # closed since, or no file at all
+            continue
+        for words in (line.split() for line in lines if line.startswith("lock:")):
+            assert words[2:5] == ["OFDLCK", "ADVISORY", "READ"]
+            found.update(range(int(words[-2]), int(words[-1]) + 1))
+    return found

@@ -1,0 +1,229 @@
+"""Random backing chains and the plain bytes they should read as: what the property tests share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from hypothesis import strategies as st
+
+import blocklib
+from blocklib import KiB, MiB
+
+CLUSTER_SIZES: Final = (512, 4 * KiB, 64 * KiB, 1 * KiB, 2 * MiB)
+WIDTHS: Final = (16, 1, 64, 2, 8, 4, 32)
+SECTOR: Final = 512
+MAX_SIZE: Final = 5 * MiB
+CacheMode: TypeAlias = Literal["writeback", "writethrough", "none", "directsync", "unsafe"]
+
+_NOISE: Final = random.Random(20).randbytes(2 * MAX_SIZE)
+
+
+def noise(seed: int, length: int) -> bytes:
+    """Bytes that say where they belong: no two places in them look the same."""
+    start = seed * 4099 % MAX_SIZE
+    return _NOISE[start : start + length]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """One image of a chain, before it is created."""
+
+    size: int
+    format: Literal["qcow2", "raw"] = "qcow2"
+    cluster_size: int = 64 * KiB
+    refcount_bits: int = 16
+    compat: Literal["0.10", "1.1"] = "1.1"
+
+    def create(self, path: Path, below: ChainImage | None) -> ChainImage:
+        options: dict[str, int | str] = {}
+        if self.format == "qcow2":
+            options = {"cluster_size": self.cluster_size, "compat": self.compat, "refcount_bits": self.refcount_bits}
+        blocklib.create(
+            path,
+            self.size,
+            format=self.format,
+            backing=below.path.name if below is not None else None,
+            backing_format=below.spec.format if below is not None else None,
+            options=options,
+        )
+        content = bytearray(self.size)
+        if below is not None:
+            shown = below.content[: self.size]
+            content[: len(shown)] = shown
+        return ChainImage(path, self, content, has_backing=below is not None)
+
+
+@dataclass
+class ChainImage:
+    """An image of a chain and what it should read as, together with all that is below it."""
+
+    path: Path
+    spec: ImageSpec
+    content: bytearray
+    has_backing: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, length: int) -> None:
+        self.content[offset : offset + length] = bytes(length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """A discard that is passed on: whole clusters read as zero, where the format can say so."""
+        if self.spec.compat == "0.10" and self.has_backing:
+            return
+        unit = self.spec.cluster_size
+        first = -(-offset // unit) * unit
+        end = offset + length
+        if end != self.size:
+            end = end // unit * unit
+        if first < end:
+            self.zero(first, end - first)
+
+    def resize(self, size: int) -> None:
+        del self.content[size:]
+        self.content.extend(bytes(size - self.size))
+
+
+def sizes(cluster_size: int) -> st.SearchStrategy[int]:
+    """Virtual sizes that matter for a cluster size: few clusters or many, whole ones or not; multiples of 512."""
+    most = MAX_SIZE // SECTOR
+    few = st.integers(1, max(1, min(most, 5 * cluster_size // SECTOR)))
+    l2_table = cluster_size // 8 * cluster_size // SECTOR
+    around_tables = st.builds(
+        lambda tables, delta: max(1, min(most, tables * l2_table + delta)), st.integers(1, 3), st.integers(-2, 2)
+    )
+    return st.one_of(few, around_tables, st.integers(1, most)).map(lambda sectors: sectors * SECTOR)
+
+
+@st.composite
+def image_specs(draw: st.DrawFn, *, raw: bool = False) -> ImageSpec:
+    if raw and draw(st.booleans()):
+        return ImageSpec(draw(sizes(4 * KiB)), "raw")
+    cluster_size = draw(st.sampled_from(CLUSTER_SIZES))
+    size = draw(sizes(cluster_size))
+    compat: Literal["0.10", "1.1"] = draw(st.sampled_from(("1.1", "0.10")))
+    width = draw(st.sampled_from(WIDTHS)) if compat == "1.1" else 16
+    return ImageSpec(size, "qcow2", cluster_size, width, compat)
+
+
+def chain_specs(max_images: int) -> st.SearchStrategy[list[ImageSpec]]:
+    """The images of a chain, the base (which may be raw) first, the top a qcow2 image."""
+    return st.builds(
+        lambda base, others, top: [*base, *others, top],
+        st.lists(image_specs(raw=True), max_size=1),
+        st.lists(image_specs(), max_size=max_images - 2),
+        image_specs(),
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A range in units that shrink well: made absolute by the disk it is used on."""
+
+    cluster: int
+    delta: int
+    clusters: int
+    more: int
+
+    def on(self, size: int, cluster_size: int) -> tuple[int, int]:
+        """(offset, length) inside a disk of `size` bytes."""
+        offset = max(0, self.cluster * cluster_size + self.delta) % (size + 1)
+        length = max(0, self.clusters * cluster_size + self.more)
+        return offset, min(length, size - offset)
+
+
+_DELTAS: Final = st.one_of(st.just(0), st.sampled_from((1, -1, 512, -512, 4096)), st.integers(-70_000, 70_000))
+
+
+def places() -> st.SearchStrategy[Place]:
+    """Ranges at and around cluster boundaries, small and large, aligned or not."""
+    cluster = st.one_of(st.integers(0, 4), st.integers(0, MAX_SIZE // SECTOR))
+    clusters = st.sampled_from((1, 0, 2, 3, 8, 70, 700))
+    return st.builds(Place, cluster, _DELTAS, clusters, _DELTAS)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One request that changes a disk."""
+
+    kind: Literal["write", "write zero bytes", "zero", "zero and unmap", "discard"]
+    place: Place
+    seed: int
+
+    def apply(self, disk: blocklib.Disk, image: ChainImage, *, discard_passes: bool) -> None:
+        """Send it to the disk, and do the same to what the disk should read as."""
+        offset, length = self.place.on(image.size, image.spec.cluster_size)
+        if self.kind == "write":
+            data = noise(self.seed, length)
+            disk.write(offset, data)
+            image.write(offset, data)
+        elif self.kind == "write zero bytes":
+            disk.write(offset, bytes(length))
+            image.zero(offset, length)
+        elif self.kind == "discard":
+            disk.discard(offset, length)
+            if discard_passes:
+                image.discard(offset, length)
+        else:
+            disk.write_zeroes(offset, length, unmap=self.kind == "zero and unmap")
+            image.zero(offset, length)
+
+
+def changes() -> st.SearchStrategy[Change]:
+    kinds = st.sampled_from(("write", "write", "write zero bytes", "zero", "zero and unmap", "discard"))
+    return st.builds(Change, kinds, places(), st.integers(0, 1000))
+
+
+def build_chain(folder: Path, specs: Sequence[ImageSpec], fills: Sequence[Sequence[Change]]) -> list[ChainImage]:
+    """Create a chain, base first, each image filled by its changes before the next is laid over it."""
+    images: list[ChainImage] = []
+    for number, spec in enumerate(specs):
+        image = spec.create(folder / f"{number}.{spec.format}", images[-1] if images else None)
+        images.append(image)
+        fill = [change for change in fills[number] if spec.format == "qcow2" or change.kind != "discard"]
+        if fill:
+            with open_image(image, "r+", discard="unmap") as disk:
+                for change in fill:
+                    change.apply(disk, image, discard_passes=True)
+    return images
+
+
+def open_image(
+    image: ChainImage,
+    mode: Literal["r", "r+"] = "r",
+    *,
+    discard: Literal["ignore", "unmap"] = "ignore",
+    detect_zeroes: Literal["off", "on", "unmap"] = "off",
+    cache: CacheMode = "writeback",
+    l2_cache: int | None = None,
+) -> blocklib.Disk:
+    options = {} if l2_cache is None or image.spec.format == "raw" else {"l2-cache-size": l2_cache}
+    return blocklib.open(
+        image.path,
+        mode,
+        format=image.spec.format,
+        references="allow",
+        discard=discard,
+        detect_zeroes=detect_zeroes,
+        cache=cache,
+        options=options,
+    )
+
+
+def first_difference(found: bytes | bytearray, expected: bytes | bytearray) -> str:
+    """Where two contents part, for the message of a failed comparison; empty if they are the same."""
+    if found == expected:
+        return ""
+    if len(found) != len(expected):
+        return f"{len(found)} bytes instead of {len(expected)}"
+    at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    return f"at {at:#x}: {bytes(found[at : at + 16]).hex()} instead of {bytes(expected[at : at + 16]).hex()}"
