@@ -17,7 +17,7 @@ from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
 from blocklib.policy import References, resolve_backing_name
 from blocklib.reports import ImageInfo, NodeInfo
-from blocklib.requests import CLOSED, FORKED, RequestTracker
+from blocklib.requests import CLOSED, FORKED, FORKED_TEXT, RequestTracker
 from blocklib.sizes import format_size
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Disk:
         self._root: graph.Edge | None = None
         wanted = graph.CONSISTENT_READ | (graph.WRITE | graph.RESIZE if self._writable else 0)
         with graph.Transaction() as change:
-            self._root = change.attach(None, "root", node, wanted=wanted, shared=graph.ALL, tracker=self._tracker)
+            root = change.attach(None, "root", node, wanted=wanted, shared=graph.ALL, tracker=self._tracker)
+        self._root = root  # only now: a disk that failed to open has nothing to close
         _disks.add(self)
 
     # -- the graph ----------------------------------------------------------------------------------------------------
@@ -57,9 +58,12 @@ class Disk:
     @property
     def node(self) -> Node:
         """The top node of the graph."""
-        if self._root is None:
+        root = self._root
+        if root is None:
             raise ClosedError("the disk is closed")
-        return self._root.node
+        if self._tracker.flags & FORKED:
+            raise ClosedError(FORKED_TEXT)
+        return root.node
 
     @property
     def mode(self) -> Literal["r", "r+"]:
@@ -67,7 +71,8 @@ class Disk:
 
     @property
     def closed(self) -> bool:
-        return self._root is None
+        """Whether the disk answers nothing any more: it was closed, or belongs to the process that forked this one."""
+        return self._root is None or bool(self._tracker.flags & FORKED)
 
     @property
     def size(self) -> int:
@@ -197,17 +202,7 @@ class Disk:
         With `base`, of `chain()`, only what the images above it hold.
         """
         node, length, below = self._range(offset, length, base)
-        iterator = status.extents(node, offset, length, below)
-        tracker = self._tracker
-        while True:
-            tracker.enter()
-            try:
-                extent = next(iterator, None)
-            finally:
-                tracker.leave()
-            if extent is None:
-                return
-            yield extent
+        return self._tracked(status.extents(node, offset, length, below))
 
     def map(self, offset: int = 0, length: int | None = None, *, base: NodeInfo | None = None) -> ExtentTable:
         """The same as a numpy array, one row of `blocklib.EXTENT_DTYPE` an extent; host_offset is -1 where there is none."""
@@ -218,6 +213,19 @@ class Disk:
             return status.extent_table(node, offset, length, below)
         finally:
             tracker.leave()
+
+    def _tracked(self, iterator: Iterator[Extent]) -> Iterator[Extent]:
+        """Each step of `iterator` as a request of its own."""
+        tracker = self._tracker
+        while True:
+            tracker.enter()
+            try:
+                extent = next(iterator, None)
+            finally:
+                tracker.leave()
+            if extent is None:
+                return
+            yield extent
 
     def as_file(self, offset: int = 0, length: int | None = None) -> DiskFile:
         """A raw binary file over the disk, or over a window of it; positions are the window's.
@@ -239,7 +247,7 @@ class Disk:
         root = self._root
         if root is None:
             return
-        if self._tracker.flags & FORKED:
+        if self._tracker.flags & FORKED:  # nothing here is ours to touch
             self._root = None
             return
         with graph.drained(root.node):
@@ -253,15 +261,16 @@ class Disk:
         root = self._root
         if root is None:
             return
-        self._tracker.refuse(CLOSED)
         self._root = None
+        if self._tracker.flags & FORKED:
+            return
+        self._tracker.refuse(CLOSED)
         root.node.parents.remove(root)
         if not root.node.parents:
             graph.close_tree(root.node, abandon=True)
 
     def __enter__(self) -> Self:
-        if self._root is None:
-            raise ClosedError("the disk is closed")
+        self.node  # noqa: B018 - raises where there is none
         return self
 
     def __exit__(
@@ -277,19 +286,21 @@ class Disk:
     def __del__(self) -> None:
         if getattr(self, "_root", None) is None or self._tracker.flags & FORKED:
             return
-        warnings.warn(
-            f"a disk opened at {self._opened_at} was not closed; what it had not flushed is lost",
-            ResourceWarning,
-            source=self,
-            stacklevel=2,
-        )
-        self.abandon()
+        try:
+            warnings.warn(
+                f"a disk opened at {self._opened_at} was not closed; what it had not flushed is lost",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+        finally:  # where warnings are errors, too
+            self.abandon()
 
     def __reduce__(self) -> Any:
         raise TypeError("a Disk cannot be pickled: open it again in the worker")
 
     def __repr__(self) -> str:
-        if self._root is None:
+        if self._root is None or self.closed:
             return "<Disk closed>"
         images = [
             f"{os.path.basename(node.filename) if node.filename else node.name} ({node.driver})"
@@ -318,8 +329,8 @@ class Disk:
         return node
 
     def _range(self, offset: int, length: int | None, base: NodeInfo | None) -> tuple[Node, int, Node | None]:
-        if length is None:
-            length = max(0, self.size - offset)
+        size = self.node.size
+        length = max(0, size - offset) if length is None else length
         node = self._checked(offset, length)
         if base is None:
             return node, length, None

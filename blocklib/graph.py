@@ -6,6 +6,7 @@ contradicts an edge raises GraphConflictError and leaves the graph as it was.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ PERMISSION_NAMES: Final = {
 
 lock: Final = threading.RLock()
 """One graph writer at a time."""
+
+if hasattr(os, "register_at_fork"):
+    # So that it is free in the child: a thread that held it elsewhere would not be there to release it.
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 def permission_names(permissions: int) -> str:

@@ -101,8 +101,6 @@ class Node:
         self.size = 0
         self.request_alignment = 1
         self.zero_alignment = 1
-        self.zeroes_by_metadata = True
-        """Whether `zero_range` works; otherwise zeroes are written as bytes."""
         self.detect_zeroes: DetectZeroes = "off"
         self.discard_passes = False
         self.tracker: RequestTracker | None = None
@@ -158,6 +156,11 @@ class Node:
         Raises LockedError.
         """
         return None
+
+    @property
+    def zeroes_by_metadata(self) -> bool:
+        """Whether `zero_range` works; otherwise zeroes are written as bytes."""
+        return True
 
     # -- where ranges live --------------------------------------------------------------------------------------------
 
@@ -267,6 +270,11 @@ class Node:
         """Raises PoisonedError once `poison` was called."""
         if self.poisoned is not None:
             raise PoisonedError(f"{self.filename or self.name}: {self.poisoned}; close and reopen it", node=self.name)
+
+    def check_writable(self) -> None:
+        """Raises ReadOnlyError where the node is open for reading."""
+        if self.read_only:
+            raise ReadOnlyError(f"{self.filename or self.name}: open for reading only", node=self.name)
 
 
 class Filter(Node):

@@ -17,11 +17,12 @@ from blocklib.errors import (
     FormatMismatchError,
     ImageCorruptError,
     OptionError,
+    ReadOnlyError,
     UnsupportedFeatureError,
     UsageError,
 )
 from blocklib.node import DetectZeroes, NamedReference, Node
-from blocklib.options import CacheMode, OptionValue, cache_flags, check_options, nest
+from blocklib.options import CacheMode, OptionValue, cache_flags, check_options, common_value, nest, options_of
 from blocklib.policy import Limits, Reference, References, RestrictedFile, Target, decide
 from blocklib.reports import ImageInfo
 
@@ -38,8 +39,10 @@ class FromImage:
 FROM_IMAGE: Final = FromImage()
 
 _URL_PREFIXES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
-_INHERITED = ("cache.direct", "cache.no-flush", "force-share")
+_INHERITED = ("cache.direct", "cache.no-flush", "force-share", "auto-read-only")
 """Options that a child takes from the node above unless it has its own."""
+_FORMATS_OF_FILES = (*drivers.FORMATS, "file", "host_device")
+"""Drivers that an image may name as the format of another file."""
 
 
 def open(
@@ -53,7 +56,7 @@ def open(
     discard: Literal["ignore", "unmap"] = "ignore",
     detect_zeroes: DetectZeroes = "off",
     force_share: bool = False,
-    backing: Disk | Mapping[str, OptionValue] | None | FromImage = FROM_IMAGE,
+    backing: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
     data_file: Disk | Mapping[str, OptionValue] | FromImage = FROM_IMAGE,
     options: Mapping[str, OptionValue] | None = None,
 ) -> Disk:
@@ -108,7 +111,7 @@ def open_disk(
     discard: Literal["ignore", "unmap"] = "ignore",
     detect_zeroes: DetectZeroes = "off",
     force_share: bool = False,
-    backing: Disk | Mapping[str, OptionValue] | None | FromImage = FROM_IMAGE,
+    backing: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
     data_file: Disk | Mapping[str, OptionValue] | FromImage = FROM_IMAGE,
     options: Mapping[str, OptionValue] | None = None,
     guess_raw: bool = False,
@@ -126,7 +129,6 @@ def open_disk(
     _set_common(spec, "discard", discard, default="ignore")
     _set_common(spec, "detect-zeroes", detect_zeroes, default="off")
     _set_common(spec, "force-share", force_share, default=False)
-    read_only = mode == "r"
     if not isinstance(backing, FromImage):
         if "backing" in spec:
             raise OptionError("the backing node is given twice: in the target and as backing=", option="backing")
@@ -137,20 +139,20 @@ def open_disk(
         raise UsageError(
             "where references are allowed, format= must be given: a guessed image could name any file of this host"
         )
+    _refuse_contradiction(spec, mode)
     builder = _Builder(references, limits or Limits(), guess_raw=guess_raw)
     try:
-        node = builder.build(spec, path, read_only=read_only, inherited={}, depth=0)
-        if bool(spec.get("read-only")) and not read_only:
-            raise UsageError("mode 'r+' and the option read-only contradict each other")
-        disk = Disk(node, mode, writethrough=writethrough, references=references)
+        node = builder.build(spec, path, read_only=mode == "r", inherited={})
+        _refuse_equal_names(node)
+        # Where auto-read-only has fallen back to reading, the mode of the disk tells.
+        disk = Disk(node, "r" if node.read_only else mode, writethrough=writethrough, references=references)
     except BaseException:
         builder.release()
         raise
     try:
-        if not read_only:
-            for opened in builder.nodes:
-                if not opened.read_only:
-                    opened.activate()
+        for opened in builder.nodes:
+            if not opened.read_only:
+                opened.activate()
     except BaseException:
         disk.abandon()
         raise
@@ -167,17 +169,36 @@ def image_info(
     guess_raw: bool = False,
 ) -> ImageInfo:
     """`blocklib.info`: one image's metadata.  Opens no reference and asks no policy; features we cannot read are listed."""
+    with open_metadata(
+        target, format=format, limits=limits, force_share=force_share, options=options, guess_raw=guess_raw
+    ) as disk:
+        return disk.info()
+
+
+def open_metadata(
+    target: Target,
+    mode: Literal["r", "r+"] = "r",
+    *,
+    format: str | None = None,
+    limits: Limits | None = None,
+    force_share: bool = False,
+    options: Mapping[str, OptionValue] | None = None,
+    guess_raw: bool = False,
+) -> Disk:
+    """One image as far as its header, for describing, checking and repairing it; its data cannot be read.
+
+    Opens no reference and asks no policy, writes nothing, and takes images with features that we cannot read.
+    """
     spec, path = _spec_of(target)
     _merge_options(spec, options or {})
     if format is not None:
         _set_common(spec, "driver", format, default=None)
     _set_common(spec, "force-share", force_share, default=False)
-    spec["backing"] = None
+    _refuse_contradiction(spec, mode)
     builder = _Builder("deny", limits or Limits(), guess_raw=guess_raw, metadata_only=True)
     try:
-        node = builder.build(spec, path, read_only=True, inherited={}, depth=0)
-        with Disk(node, "r") as disk:
-            return disk.info()
+        node = builder.build(spec, path, read_only=mode == "r", inherited={})
+        return Disk(node, "r" if node.read_only else mode)
     except BaseException:
         builder.release()
         raise
@@ -205,16 +226,31 @@ def _merge_options(spec: dict[str, Any], options: Mapping[str, OptionValue]) -> 
 
 
 def _set_common(spec: dict[str, Any], name: str, value: Any, *, default: Any) -> None:
-    """Put a keyword's value among the options; both given is an error, unless the keyword is at its default."""
-    place = spec
-    *groups, last = name.split(".")
-    for group in groups:
-        place = place.setdefault(group, {})
-    if last not in place:
-        if value != default:
-            place[last] = value
-    elif value != default and place[last] != value:
-        raise OptionError(f"option {name!r} is given twice: as {place[last]!r} and as {value!r}", option=name)
+    """Put a keyword's value among the options; both given is an error, unless they agree or the keyword is at its default."""
+    if value == default:
+        return
+    given = _dig(spec, name)
+    if given is None:
+        _merge_options(spec, {name: value})
+    elif common_value(name, given) != value:
+        raise OptionError(f"option {name!r} is given twice: as {given!r} and as {value!r}", option=name)
+
+
+def _refuse_contradiction(spec: Mapping[str, Any], mode: str) -> None:
+    if mode == "r+" and "read-only" in spec and common_value("read-only", spec["read-only"]):
+        raise UsageError("mode 'r+' and the option read-only contradict each other")
+
+
+def _refuse_equal_names(top: Node) -> None:
+    """Raises OptionError where two nodes of a graph have the same name."""
+    found = {top.name: top}
+    todo = [top]
+    while todo:
+        for edge in todo.pop().children.values():
+            node = edge.node
+            if found.setdefault(node.name, node) is not node:
+                raise OptionError(f"two nodes have the name {node.name!r}", option="node-name", node=node.name)
+            todo.append(node)
 
 
 class _Builder:
@@ -228,7 +264,6 @@ class _Builder:
         self._guess_raw = guess_raw
         self._metadata_only = metadata_only
         self.nodes: list[Node] = []
-        self._files: list[tuple[int, int]] = []
 
     def release(self) -> None:
         """Close what was opened, after a failure; nothing has been written."""
@@ -243,30 +278,39 @@ class _Builder:
         *,
         read_only: bool,
         inherited: Mapping[str, Any],
-        depth: int,
+        above: tuple[Node, ...] = (),
         references: References | None = None,
     ) -> Node:
-        """Open the node that `spec` (nested options) and `path` (what "file" is, if `spec` does not say) describe."""
-        options = dict(spec)
+        """Open the node that `spec` (nested options) and `path` (what "file" is, if `spec` does not say) describe.
+
+        `above` are the images of the chain that it comes below, top first.
+        """
+        options = nest(spec)
+        for name, value in inherited.items():
+            if value is not None and _dig(options, name) is None:
+                _merge_options(options, {name: value})
         driver = options.pop("driver", None)
         if driver is not None:
-            drivers.check_name(driver)
+            drivers.check_name(common_value("driver", driver))
+            if options.get("backing", FROM_IMAGE) is None and "backing" not in options_of(driver):
+                del options["backing"]  # "this image alone" says nothing new of what has no backing file
         if driver in drivers.PROTOCOLS:
-            return self._protocol(driver, options, path, read_only=read_only, inherited=inherited)
-        own = {name: _dig(options, name) for name in _INHERITED}
-        passed_down = {name: inherited.get(name) if value is None else value for name, value in own.items()}
+            return self._protocol(driver, options, path, read_only=read_only)
+        passed_down = {name: _dig(options, name) for name in _INHERITED}
         below = options.pop("file", None)
         if below is None and path is None and "filename" in options:
             below = {"driver": "file", "filename": options.pop("filename")}
-        file_node = self._file_child(below, path, read_only=read_only, inherited=passed_down)
+        # A format asks its file for discards only where it was told to, so the file need not ask again.
+        file_node = self._file_child(below, path, read_only=read_only, inherited={**passed_down, "discard": "unmap"})
         guessed = driver is None
         if driver is None:
             driver = self._probe(file_node)
+            if driver == "raw" and options.get("backing", FROM_IMAGE) is None:
+                del options["backing"]
         node = self._format(driver, options, file_node, read_only=read_only, guessed=guessed)
-        self._refuse_loop(node)
         if not self._metadata_only:
             policy = references if references is not None else self._references
-            self._open_backing(node, options, passed_down, depth, policy, guessed=guessed)
+            self._open_backing(node, options, passed_down, above, policy, guessed=guessed)
         return node
 
     def _protocol(
@@ -276,21 +320,15 @@ class _Builder:
         path: str | os.PathLike[str] | None,
         *,
         read_only: bool,
-        inherited: Mapping[str, Any],
     ) -> Node:
         if path is not None:
-            options = {**options, "filename": os.fspath(path)}
-        for name, value in inherited.items():
-            if value is not None and _dig(options, name) is None:
-                _set_common(options, name, value, default=None)
+            _merge_options(options, {"filename": os.fspath(path)})
         typed = check_options(driver, options)
-        if typed.get("read-only"):
-            read_only = True
-        node = _make(driver, typed, read_only=read_only)
+        node = _make(driver, typed, read_only=read_only or bool(typed["read-only"]))
         if isinstance(path, RestrictedFile):
             node.use_opener(path.open_fd)  # type: ignore[attr-defined]
         node.detect_zeroes = typed["detect-zeroes"]
-        node.discard_passes = typed["discard"] != "ignore"  # a format asks for it only when it was told to
+        node.discard_passes = typed["discard"] == "unmap"
         self.nodes.append(node)
         node.load()
         return node
@@ -299,33 +337,32 @@ class _Builder:
         self, below: Any, path: str | os.PathLike[str] | None, *, read_only: bool, inherited: Mapping[str, Any]
     ) -> Node:
         """The node that a format node's bytes are in."""
+        if path is not None and below is not None and not isinstance(below, Mapping):
+            raise OptionError("the file is given twice: as the target and as the option 'file'", option="file")
         if isinstance(below, Disk):
             return below.node
-        if isinstance(below, str):
+        if isinstance(below, (str, os.PathLike)):
             below, path = None, below
         if path is not None:
-            return self._protocol("file", dict(below or {}), path, read_only=read_only, inherited=inherited)
+            spec = {"driver": "file", **(below or {})}
+            return self.build(spec, path, read_only=read_only, inherited=inherited)
         if not isinstance(below, Mapping):
             raise OptionError("the target names no file: give a path, or file.filename", option="file")
         spec = dict(below)
         if "driver" not in spec:
             spec["driver"] = "file"
-        return self.build(spec, None, read_only=read_only, inherited=inherited, depth=0)
+        return self.build(spec, None, read_only=read_only, inherited=inherited)
 
     def _probe(self, file_node: Node) -> str:
         from blocklib import plan
-        from blocklib.probe import PROBE_LENGTH, probe
+        from blocklib.probe import PROBE_LENGTH, probe_readable
 
-        start = bytearray(PROBE_LENGTH)
+        start = bytearray(min(PROBE_LENGTH, file_node.size))
         plan.read(file_node, 0, memoryview(start))
-        found = probe(bytes(start))
-        if found in drivers.FORMATS:
-            return found
         name = file_node.filename or file_node.name
+        found = probe_readable(memoryview(start), name)
         if found is not None:
-            raise UnsupportedFeatureError(
-                f"{name}: images of the format {found} are not supported", features=(found,), node=name
-            )
+            return found
         if self._guess_raw:
             return "raw"
         raise FormatMismatchError(
@@ -333,17 +370,19 @@ class _Builder:
             structure="magic",
             host_offset=0,
             expected="the magic of a known format",
-            found=bytes(start[:4]).hex(),
+            found=start[:4].hex() or "an empty file",
             node=name,
         )
 
     def _format(
         self, driver: str, options: dict[str, Any], file_node: Node, *, read_only: bool, guessed: bool
     ) -> Node:
-        if driver == "raw" and options.get("backing", FROM_IMAGE) is None:
-            del options["backing"]  # "this image alone" says nothing new of an image that has no backing file
         typed = check_options(driver, {**options, "file": {}})
-        if typed.get("read-only"):
+        read_only = read_only or bool(typed["read-only"])
+        if file_node.read_only and not read_only:
+            if not typed["auto-read-only"]:
+                name = file_node.filename or file_node.name
+                raise ReadOnlyError(f"{name}: the {driver} image in it cannot be written: it is open for reading", node=name)
             read_only = True
         extra: dict[str, Any] = {}
         if driver == "qcow2":
@@ -359,35 +398,17 @@ class _Builder:
         node.load()
         return node
 
-    def _refuse_loop(self, node: Node) -> None:
-        """A chain that comes back to a file it has opened would never end."""
-        if node.filename is None:
-            return
-        try:
-            stat = os.stat(node.filename)
-        except OSError:
-            return  # opened some other way; the depth limit still holds
-        identity = (stat.st_dev, stat.st_ino)
-        if identity in self._files:
-            raise ImageCorruptError(
-                f"{node.filename}: the backing chain comes back to this file",
-                structure="backing file name",
-                expected="a chain without a loop",
-                found=node.filename,
-                node=node.filename,
-            )
-        self._files.append(identity)
-
     def _open_backing(
         self,
         node: Node,
         options: dict[str, Any],
         inherited: Mapping[str, Any],
-        depth: int,
+        above: tuple[Node, ...],
         references: References,
         *,
         guessed: bool,
     ) -> None:
+        above = (*above, node)
         if "backing" in options:
             below = options["backing"]
             if below is None:
@@ -395,43 +416,62 @@ class _Builder:
             if isinstance(below, Disk):
                 backing = below.node
             else:
-                path = below if isinstance(below, str) else None
-                spec = {} if isinstance(below, str) else dict(below)
-                backing = self.build(
-                    spec, path, read_only=True, inherited=inherited, depth=depth + 1, references=references
-                )
+                spec, path = _spec_of(below)
+                backing = self.build(spec, path, read_only=True, inherited=inherited, above=above, references=references)
         else:
             named = next((item for item in node.references() if item.kind == "backing"), None)
             if named is None:
                 return
             if references == "allow" and guessed and not self._guess_raw:
                 references = "deny"
-            backing = self.open_reference(node, named, references, inherited, depth + 1)
+            backing = self._open_reference(named, references, inherited, above)
         with graph.Transaction() as change:
             change.attach(node, "backing", backing)
 
-    def open_reference(
-        self, referrer: Node, named: NamedReference, references: References, inherited: Mapping[str, Any], depth: int
+    def _open_reference(
+        self, named: NamedReference, references: References, inherited: Mapping[str, Any], above: tuple[Node, ...]
     ) -> Node:
-        """Open a file that an image names, if the policy lets us."""
-        self._limits.check("chain_depth", depth, structure="backing chain", node=referrer.filename)
-        target = decide(references, Reference(named.kind, named.name, named.format, referrer.filename, depth))
+        """Open the file that the last image `above` names, if the policy lets us."""
+        referrer = above[-1].filename
+        self._limits.check("chain_depth", len(above), structure="backing chain", node=referrer)
+        _refuse_loop(above)
+        target = decide(references, Reference(named.kind, named.name, named.format, referrer, len(above)))
         spec, path = _spec_of(target)
         if "driver" not in spec and named.format is not None:
-            if named.format not in drivers.names():
+            if named.format not in _FORMATS_OF_FILES:
                 raise UnsupportedFeatureError(
-                    f"{referrer.filename}: the backing file {named.name!r} has the unknown format {named.format!r}",
+                    f"{referrer}: the backing file {named.name!r} has the unknown format {named.format!r}",
                     features=(named.format,),
-                    node=referrer.filename,
+                    node=referrer,
                 )
             spec["driver"] = named.format
         try:
             return self.build(
-                spec, path, read_only=True, inherited=inherited, depth=depth, references=self._references
+                spec, path, read_only=True, inherited=inherited, above=above, references=self._references
             )
         except BlocklibError as exc:
-            exc.add_note(f"while opening the backing file of {referrer.filename}")
+            exc.add_note(f"while opening the backing file of {referrer}")
             raise
+
+
+def _refuse_loop(above: tuple[Node, ...]) -> None:
+    """A chain that comes back to a file would never end.  Called before the last image's backing file is opened."""
+    filename = above[-1].filename
+    if filename is None:
+        return
+    for node in above[:-1]:
+        try:
+            if node.filename is None or not os.path.samefile(node.filename, filename):
+                continue
+        except OSError:
+            continue  # opened some other way; the depth limit still holds
+        raise ImageCorruptError(
+            f"{filename}: the backing chain comes back to this file",
+            structure="backing file name",
+            expected="a chain without a loop",
+            found=filename,
+            node=filename,
+        )
 
 
 def _make(driver: str, typed: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Node:

@@ -19,6 +19,7 @@ CLOSED: Final = 2
 """New requests are refused."""
 FORKED: Final = 4
 """The object belongs to the parent process: everything is refused."""
+FORKED_TEXT: Final = "the disk was opened by the process that forked this one; open it again here"
 
 
 class _Slot:
@@ -152,11 +153,7 @@ class RequestTracker:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self.flags & (CLOSED | FORKED) or not self.flags & DRAINING)
             if self.flags & (CLOSED | FORKED):
-                raise ClosedError(
-                    "the disk was opened by the process that forked this one; open it again here"
-                    if self.flags & FORKED
-                    else "the disk is closed"
-                )
+                raise ClosedError(FORKED_TEXT if self.flags & FORKED else "the disk is closed")
             slot.epoch = self.epoch
             slot.depth = 1
 

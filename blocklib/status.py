@@ -73,7 +73,7 @@ def block_status(node: Node, offset: int, length: int) -> Status:
 def _leaf_status(node: Node, offset: int, length: int) -> Status:
     """Block status below a format: past the end of a protocol node everything is zero."""
     if offset >= node.size:
-        return length, FLAG_ZERO | FLAG_ALLOCATED | FLAG_EOF, 0, -1, None
+        return length, FLAG_ZERO | FLAG_ALLOCATED | FLAG_EOF | FLAG_OFFSET_VALID, 0, offset, node
     return block_status(node, offset, min(length, node.size - offset))
 
 
@@ -199,10 +199,10 @@ def extent_table(top: Node, offset: int, length: int, base: Node | None = None) 
     return _coalesce(table)
 
 
-def _zeroes(start: int, end: int, depth: int, *, present: bool) -> ExtentTable:
+def _zeroes(start: int, end: int, depth: int, *, present: bool, host_offset: int = -1) -> ExtentTable:
     import numpy as np
 
-    return np.array([(start, end - start, depth, -1, False, True, present, False)], dtype=vocabulary.EXTENT_DTYPE)
+    return np.array([(start, end - start, depth, host_offset, False, True, present, False)], dtype=vocabulary.EXTENT_DTYPE)
 
 
 def _layer(node: Node, offset: int, length: int, depth: int) -> ExtentTable:
@@ -239,7 +239,7 @@ def _protocol_layer(node: Node, offset: int, length: int, depth: int) -> ExtentT
     inside = max(0, min(length, node.size - offset))
     parts = [_layer(node, offset, inside, depth)] if inside else []
     if inside < length:
-        parts.append(_zeroes(offset + inside, offset + length, depth, present=True))
+        parts.append(_zeroes(offset + inside, offset + length, depth, present=True, host_offset=offset + inside))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -27,4 +27,10 @@ def _waited_for(start: Callable[P, Job[R]]) -> Callable[P, R]:
     return verb
 
 
+check = _waited_for(jobs.check)
+commit = _waited_for(jobs.commit)
+compare = _waited_for(jobs.compare)
 convert = _waited_for(jobs.convert)
+measure = _waited_for(jobs.measure)
+rebase = _waited_for(jobs.rebase)
+repair = _waited_for(jobs.repair)

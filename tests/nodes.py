@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from blocklib.graph import ALL, CONSISTENT_READ, Edge, Transaction
 from blocklib.node import Node
+from tests.programs import find_program
 
 
 def attached(parent: Node, child: Node, name: str = "file") -> Node:
@@ -28,6 +32,24 @@ def used(node: Node, wanted: int = CONSISTENT_READ, shared: int = ALL) -> Iterat
     finally:
         with Transaction() as change:
             change.detach(edge)
+
+
+@contextmanager
+def loop_device(file: Path, size: int) -> Iterator[str]:
+    """The path of a block device over `file`; the test is skipped where none can be made, which needs privileges."""
+    losetup = find_program("losetup")
+    if losetup is None:
+        pytest.skip("no losetup here")
+    with file.open("wb") as backing:
+        backing.truncate(size)
+    done = subprocess.run([losetup, "--find", "--show", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no loop device: {done.stderr.strip()}")
+    path = done.stdout.strip()
+    try:
+        yield path
+    finally:
+        subprocess.run([losetup, "--detach", path], check=True)
 
 
 def descriptors_of(path: str | Path) -> list[int]:

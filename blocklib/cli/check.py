@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import sys
+from typing import TYPE_CHECKING, Any
 
+from blocklib.cli import progress
 from blocklib.cli.common import (
     FORCE_SHARE,
     FORMAT,
@@ -16,14 +18,16 @@ from blocklib.cli.common import (
     check_objects,
     name_of,
     one_operand,
-    open_image,
+    run_job,
+    target_of,
     wants_json,
 )
-from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
-from blocklib.cli.output import json_text, print_error
+from blocklib.cli.getopt import Given, Option, Syntax
+from blocklib.cli.output import json_text, printable
 from blocklib.cli.session import Failure, Session
 
 if TYPE_CHECKING:
+    from blocklib.disk import Disk
     from blocklib.reports import CheckReport
 
 SYNTAX = Syntax(
@@ -32,6 +36,7 @@ SYNTAX = Syntax(
     (
         FORMAT,
         Option(("-r", "--repair"), "leaks|all", "repair what is found: leaks only, or everything"),
+        progress.AS_JSON,
         QUIET,
         OUTPUT,
         SOURCE_CACHE,
@@ -41,18 +46,80 @@ SYNTAX = Syntax(
     ),
 )
 
-EXIT_CORRUPT = 2
-EXIT_LEAKS = 3
-EXIT_NO_CHECKS = 63
+_EXIT_NOT_CHECKED = 1
+_EXIT_CORRUPT = 2
+_EXIT_LEAKS = 3
+_EXIT_NO_CHECKS = 63
+_CHECKED_FORMATS = ("qcow2",)
+
+
+def run(session: Session, given: Given) -> int:
+    check_objects(given)
+    as_json = wants_json(given)
+    if given.last("-r") not in (None, "leaks", "all"):
+        raise Failure(f"-r {given.last('-r')}: repairs 'leaks' or 'all'")
+    with _open(given) as disk, progress.reporter(session, given, "check") as reporter:
+        if disk.chain()[0].driver not in _CHECKED_FORMATS:
+            raise Failure("images of this format have nothing that could be checked", code=_EXIT_NO_CHECKS)
+        report = _checked(session, given, disk, reporter)
+    if given.has("-q"):
+        return exit_code(report)
+    if as_json:
+        print(json_text(json_of(report)))
+    else:
+        print("\n".join([*repaired_lines(report), *human_lines(report)]))
+    return exit_code(report)
+
+
+def _open(given: Given) -> Disk:
+    """The image alone: what is checked is its own metadata, and that may keep its chain from opening."""
+    from blocklib.opening import open_metadata
+    from blocklib.options import cache_flags
+
+    untrusted = given.has("--untrusted")
+    name = name_of(given, one_operand(given))
+    direct, no_flush, _writethrough = cache_flags(cache_mode(given, "-T", "writeback"))
+    return open_metadata(
+        target_of(name, untrusted=untrusted),
+        "r+" if given.has("-r") else "r",
+        format=name.format,
+        force_share=given.has("-U"),
+        guess_raw=not untrusted,
+        options={name: True for name, value in (("cache.direct", direct), ("cache.no-flush", no_flush)) if value},
+    )
+
+
+def _checked(session: Session, given: Given, disk: Disk, reporter: progress.Reporter) -> CheckReport:
+    """The state of the image in the end; what was found on the way is printed on standard error."""
+    from blocklib import jobs
+
+    what = given.last("-r")
+    if what is None:
+        report = run_job(session, lambda: jobs.check(disk), reporter)
+        _print_findings(report)
+        return report
+    repair = run_job(session, lambda: jobs.repair(disk, "all" if what == "all" else "leaks"), reporter)
+    _print_findings(repair.before)
+    for step in repair.steps:
+        print(printable(str(step)), file=sys.stderr)
+    return repair.after or repair.before
+
+
+def _print_findings(report: CheckReport) -> None:
+    for finding in report.findings:
+        print(printable(str(finding)), file=sys.stderr)
+    more = report.corruptions + report.leaks + report.check_errors - len(report.findings)
+    if more > 0:
+        print(f"and {more} more", file=sys.stderr)
 
 
 def exit_code(report: CheckReport) -> int:
     """The exit code for the state that `report` describes."""
     if report.corruptions:
-        return EXIT_CORRUPT
+        return _EXIT_CORRUPT
     if report.check_errors:
-        return 1
-    return EXIT_LEAKS if report.leaks else 0
+        return _EXIT_NOT_CHECKED
+    return _EXIT_LEAKS if report.leaks else 0
 
 
 def json_of(report: CheckReport) -> dict[str, Any]:
@@ -77,6 +144,20 @@ def json_of(report: CheckReport) -> dict[str, Any]:
     if report.fragmented_clusters:
         found["fragmented-clusters"] = report.fragmented_clusters
     return found
+
+
+def repaired_lines(report: CheckReport) -> list[str]:
+    """What a repair has done, before the lines that tell the state after it."""
+    if not report.corruptions_fixed and not report.leaks_fixed:
+        return []
+    return [
+        "The following inconsistencies were found and repaired:",
+        "",
+        f"    {report.leaks_fixed} leaked clusters",
+        f"    {report.corruptions_fixed} corruptions",
+        "",
+        "Double checking the fixed image now...",
+    ]
 
 
 def human_lines(report: CheckReport) -> list[str]:

@@ -128,12 +128,13 @@ def open_image(
     cache: CacheMode = "writeback",
     discard: Literal["ignore", "unmap"] = "ignore",
     share: bool = True,
+    alone: bool = False,
 ) -> Disk:
     """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
 
-    Without `share`, -U is for other images of the command line.
+    Without `share`, -U is for other images of the command line.  `alone`: without what is below it.
     """
-    from blocklib.opening import open_disk
+    from blocklib.opening import FROM_IMAGE, open_disk
 
     untrusted = given.has("--untrusted")
     disk = open_disk(
@@ -145,6 +146,7 @@ def open_image(
         cache=cache,
         discard=discard,
         force_share=share and given.has("-U"),
+        backing=None if alone else FROM_IMAGE,
     )
     if write and name.format is None and not name.is_options and disk.chain()[0].driver == "raw":
         warn_of_guess(session, name.text)
@@ -165,7 +167,7 @@ def warn_of_guess(session: Session, filename: str) -> None:
 
 def run_job(session: Session, start: Callable[[], Job[R]], report: Reporter) -> R:
     """The result of the job that `start` starts, shown by `report` while it runs, cancelled when the user interrupts."""
-    with report, start() as job, session.cancelling(job.cancel):
+    with start() as job, session.cancelling(job.cancel):
         while True:
             try:
                 result = job.wait(timeout=_POLL)
@@ -174,7 +176,7 @@ def run_job(session: Session, start: Callable[[], Job[R]], report: Reporter) -> 
                     report(job.progress)
                     continue
                 result = job.wait()
-            report.finish()
+            report.show(job.progress)
             return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from blocklib.cli import progress
@@ -89,13 +90,17 @@ def run(session: Session, given: Given) -> int:
         sources = [
             stack.enter_context(open_image(session, given, name_of(given, name), cache=source_cache)) for name in names
         ]
-        for source in sources:
-            check_distinct(target_name, source)
         if given.has("-n"):
             target = stack.enter_context(_open_target(session, given, target_name, target_cache))
-            result = run_job(session, lambda: _into_target(given, sources, target), report)
+            target_name = target.chain()[0].filename or target_name
+            start = partial(_into_target, given, sources, target)
         else:
-            result = run_job(session, lambda: _into_new(given, sources, target_name, driver, target_cache), report)
+            start = partial(_into_new, given, sources, target_name, driver, target_cache)
+        for source in sources:
+            check_distinct(target_name, source)
+        with report:
+            result = run_job(session, start, report)
+            report.finish()
     for offset, length in result.unreadable:
         print_error(session.program, f"warning: {length} bytes at {offset} could not be read; they are zeroes in the copy")
     return 0

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
     from blocklib.reports import Progress
 
-OPTIONS = (
-    Option(("-p",), None, "print how much is done, in per cent"),
-    Option(("--progress",), "json", "print progress as lines of JSON on standard error: done, total, rate, eta"),
-)
+AS_JSON = Option(("--progress",), "json", "print progress as lines of JSON on standard error: done, total, rate, eta")
+OPTIONS = (Option(("-p",), None, "print how much is done, in per cent"), AS_JSON)
 
 _BAR_AFTER = 0.7
 """Seconds: work that is done sooner shows no bar, and does not pay for loading it."""

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from blocklib.jobs.check import check, repair
+from blocklib.jobs.commit import commit
+from blocklib.jobs.compare import compare
 from blocklib.jobs.convert import convert
 from blocklib.jobs.job import Job, JobEvent, JobEvents, JobStatus, ProgressCallback
+from blocklib.jobs.measure import measure
+from blocklib.jobs.rebase import rebase
 
-__all__ = ["Job", "JobEvent", "JobEvents", "JobStatus", "ProgressCallback", "convert"]
+__all__ = [
+    "Job",
+    "JobEvent",
+    "JobEvents",
+    "JobStatus",
+    "ProgressCallback",
+    "check",
+    "commit",
+    "compare",
+    "convert",
+    "measure",
+    "rebase",
+    "repair",
+]

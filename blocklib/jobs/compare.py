@@ -5,18 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.crew import Crew
+from blocklib.jobs.crew import Crew, default_threads
 from blocklib.jobs.ends import Concatenation, opened
 from blocklib.jobs.job import Job
-from blocklib.jobs.runs import COMPARE, COPY, PIECE, SKIP, ZERO, Piece, Run, coalesced, pieces, zipped
+from blocklib.jobs.runs import COMPARE, PIECE, SKIP, ZERO, Piece, Run, coalesced, pieces, zipped
+from blocklib.jobs.zero_runs import BlockScanner
 from blocklib.reports import CompareResult
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.policy import Target
+
+_BLOCK: Final = 4096
+"""A difference is first found to this many bytes."""
 
 
 def compare(
@@ -50,8 +54,7 @@ class _Compare(Task[CompareResult]):
                 return CompareResult(False, "size", size_mismatch=True)
             size = max(a.size, b.size)
             control.set_total(size)
-            comparison = _Comparison(control, a, b, size, strict=self.strict)
-            return comparison.run()
+            return _Comparison(control, a, b, size, strict=self.strict).run()
 
 
 class _Comparison:
@@ -60,42 +63,65 @@ class _Comparison:
         self._a = a
         self._b = b
         self._wholes = Concatenation([a], size=size), Concatenation([b], size=size)
-        self._strict = strict
+        self._mismatch = _status_mismatch(a, b) if strict else None
+        self._scanner = BlockScanner(_BLOCK)
         self._lock = threading.Lock()
-        self._difference: int | None = None
-        """The lowest guest offset that differs, of those looked at; pieces are looked at in order."""
-        self._mismatch: int | None = None
-        """Where the status of both differs: nothing after it is looked at."""
+        self._difference: int | None = None  # the lowest guest offset found so far; guarded by _lock
 
     def run(self) -> CompareResult:
-        crew = Crew(self._look, 2)
+        crew = Crew(self._look, default_threads())
         try:
             for piece in pieces(self._runs()):
                 if self._control.stop_requested:
                     crew.settle()
                 self._control.pause_point(2 * piece.copied)
                 if self._difference is not None:
-                    break
+                    break  # pieces are handed out in order, so none after this one matters
                 crew.submit(piece)
             crew.settle()
         finally:
             crew.close()
         size_mismatch = self._a.size != self._b.size
         if self._difference is not None:
-            beyond = self._difference >= min(self._a.size, self._b.size)
-            return CompareResult(False, "content", self._difference, size_mismatch, beyond)
+            beyond_end = self._difference >= min(self._a.size, self._b.size)
+            return CompareResult(False, "content", self._difference, size_mismatch, beyond_end)
         if self._mismatch is not None:
             return CompareResult(False, "status", self._mismatch)
         return CompareResult(True, size_mismatch=size_mismatch)
 
     def _runs(self) -> Iterator[Run]:
-        """What has to be read: where not both are known to be zero."""
-        runs = (
-            (offset, n, SKIP if first == second == ZERO else COMPARE)
-            for offset, n, first, second in zipped(self._wholes[0].runs(), self._wholes[1].runs())
-        )
-        if not self._strict:
-            return coalesced(runs)
-        self._mismatch = self._first_mismatch()
-        return coalesced(_until(runs, self._mismatch))
-...
+        """What has to be read: where not both are known to be zero, before the status differs."""
+        a, b = self._wholes
+        for offset, length, first, second in zipped(coalesced(a.runs()), coalesced(b.runs())):
+            if self._mismatch is not None:
+                length = min(length, self._mismatch - offset)
+                if length <= 0:
+                    return
+            yield offset, length, SKIP if first == second == ZERO else COMPARE
+
+    def _look(self, piece: Piece, buffer: memoryview) -> None:
+        """In a worker: compare the runs of a piece up to the first difference."""
+        a, b = self._wholes
+        for offset, length, _what in piece.runs:
+            start = offset - piece.window
+            view, other = buffer[start : start + length], buffer[PIECE + start : PIECE + start + length]
+            a.readinto(offset, view)
+            b.readinto(offset, other)
+            for first, last in self._scanner.changed_parts(view, other, offset):
+                found = offset + next(i for i in range(first, last) if view[i] != other[i])
+                with self._lock:
+                    self._difference = found if self._difference is None else min(self._difference, found)
+                return
+        self._control.advance(piece.length)
+
+
+def _status_mismatch(a: Disk, b: Disk) -> int | None:
+    """The first guest offset that two disks of one size store in different ways."""
+    runs = zipped(coalesced(_statuses(a)), coalesced(_statuses(b)))
+    return next((offset for offset, _length, first, second in runs if first != second), None)
+
+
+def _statuses(disk: Disk) -> Iterator[Run]:
+    for extent in disk.extents():
+        said = extent.data | extent.zero << 1 | extent.present << 2 | extent.compressed << 3
+        yield extent.offset, extent.length, said

@@ -24,7 +24,7 @@ from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import SECTOR, Concatenation, opened, same_file
 from blocklib.jobs.job import Job
-from blocklib.jobs.runs import COMPARE, COPY, SKIP, ZERO, Run, coalesced, without_equal_zeroes, without_small_zeroes
+from blocklib.jobs.runs import COMPARE, COPY, SKIP, Run, coalesced, runs_above, without_equal_zeroes, without_small_zeroes
 from blocklib.opening import FROM_IMAGE, FromImage, open_disk
 from blocklib.policy import resolve_backing_name
 from blocklib.reports import ConvertResult
@@ -181,11 +181,10 @@ def _runs_above_backing(source: Concatenation, target: Disk) -> Iterator[Run]:
     backing = target.chain()[1]
     same = next((image for image in chain[1:] if same_file(image.filename, backing.filename)), None)
     if same is not None:
-        runs = source.runs(base=same, absent=SKIP, absent_zero=COMPARE)
-    elif len(chain) > 1:
-        runs = source.runs(base=chain[1], absent=COMPARE, absent_zero=COMPARE)
+        runs = runs_above(disk, 0, disk.size, same, absent=SKIP, absent_zero=COMPARE)
     else:
-        runs = ((start, n, COMPARE if what == ZERO else COPY) for start, n, what in source.runs())
+        immediate = chain[1] if len(chain) > 1 else None
+        runs = runs_above(disk, 0, disk.size, immediate, absent=COMPARE, absent_zero=COMPARE)
     shown = Concatenation([target], size=source.size)
     return without_equal_zeroes(runs, source.runs(), shown.runs())
 

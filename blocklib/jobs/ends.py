@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from blocklib.buffers import zero_fill
 from blocklib.disk import Disk
 from blocklib.errors import ReadOnlyError
-from blocklib.jobs.runs import SKIP, ZERO, Run, runs_of
+from blocklib.jobs.runs import ZERO, Run, runs_of
 from blocklib.opening import open_disk
 
 if TYPE_CHECKING:
     from blocklib.policy import References, Target
-    from blocklib.reports import NodeInfo
 
 SECTOR = 512
 """The size of a disk is a multiple of this, except that a raw file may end anywhere."""
@@ -66,7 +65,8 @@ class Concatenation:
         self._parts: list[tuple[int, Disk | None, int]] = []  # (offset in the whole, disk or None for zeroes, length)
         for disk in disks:
             self._add(disk, disk.size if size is None else min(disk.size, size - self.size))
-            self._add(None, -self.size % SECTOR)
+            if size is None:
+                self._add(None, -self.size % SECTOR)
         if size is not None:
             self._add(None, size - self.size)
         self._starts = [start for start, _disk, _length in self._parts]
@@ -89,11 +89,11 @@ class Concatenation:
                 disk.readinto(inside, part)
             done += len(part)
 
-    def runs(self, *, base: NodeInfo | None = None, absent: int = SKIP, absent_zero: int = SKIP) -> Iterator[Run]:
+    def runs(self) -> Iterator[Run]:
         """As `runs_of`, over all of it."""
         for start, disk, length in self._parts:
             if disk is None:
-                yield start, length, ZERO if base is None else absent_zero
+                yield start, length, ZERO
                 continue
-            for offset, n, what in runs_of(disk, 0, length, base=base, absent=absent, absent_zero=absent_zero):
+            for offset, n, what in runs_of(disk, 0, length):
                 yield start + offset, n, what

@@ -35,58 +35,49 @@ _FEW_ROWS: Final = 1 << 14
 """A table this short says that a larger window will do."""
 
 
-def runs_of(
-    disk: Disk,
-    offset: int,
-    length: int,
-    *,
-    base: NodeInfo | None = None,
-    absent: int = SKIP,
-    absent_zero: int = SKIP,
-) -> Iterator[Run]:
-    """The runs of a range of `disk`: ascending, contiguous.
+def runs_of(disk: Disk, offset: int, length: int) -> Iterator[Run]:
+    """The runs of a range of `disk`, COPY or ZERO: ascending, contiguous."""
+    return _runs(disk, offset, length, None, _WHOLE)
 
-    Without `base` everything is COPY or ZERO.  With it, what no image above it holds is `absent`, or `absent_zero` where
-    that is known to be zero because an image in between ends.
+
+def runs_above(disk: Disk, offset: int, length: int, base: NodeInfo | None, *, absent: int, absent_zero: int) -> Iterator[Run]:
+    """The runs of what the images above `base` hold (None: all images of the chain), COPY or ZERO.
+
+    What none of them holds is `absent`, or `absent_zero` where it is zero because an image above `base`, or the chain, ends.
     """
-    if status.worth_tables(disk.node, length):
-        return _tabled(disk, offset, length, base, absent, absent_zero)
-    return _scalar(disk, offset, length, base, absent, absent_zero)
+    # By what an extent says: (not present, not present but zero, data, zero).
+    return _runs(disk, offset, length, base, (absent, absent_zero, COPY, ZERO))
 
 
-def _scalar(disk: Disk, offset: int, length: int, base: NodeInfo | None, absent: int, absent_zero: int) -> Iterator[Run]:
-    for extent in disk.extents(offset, length, base=base):
-        if base is not None and not extent.present:
-            what = absent_zero if extent.zero else absent
-        else:
-            what = ZERO if extent.zero else COPY
-        yield extent.offset, extent.length, what
+_WHOLE: Final = (COPY, ZERO, COPY, ZERO)
 
 
-def _tabled(disk: Disk, offset: int, length: int, base: NodeInfo | None, absent: int, absent_zero: int) -> Iterator[Run]:
-    """The same by tables, in windows that grow while their tables are short."""
+def _runs(disk: Disk, offset: int, length: int, base: NodeInfo | None, meaning: tuple[int, int, int, int]) -> Iterator[Run]:
+    if not status.worth_tables(disk.node, length):
+        for extent in disk.extents(offset, length, base=base):
+            yield extent.offset, extent.length, meaning[extent.present << 1 | extent.zero]
+        return
     window = _FIRST_WINDOW
     end = offset + length
     while offset < end:
         n = min(window, end - offset)
         table = disk.map(offset, n, base=base)
-        yield from _rows(table, base is not None, absent, absent_zero)
+        yield from _rows(table, meaning)
         offset += n
         if len(table) < _FEW_ROWS:
             window = min(window * 2, _LAST_WINDOW)
 
 
-def _rows(table: ExtentTable, layered: bool, absent: int, absent_zero: int) -> list[Run]:
+def _rows(table: ExtentTable, meaning: tuple[int, int, int, int]) -> list[Run]:
+    """The rows of a table as runs, neighbours joined before any becomes a Python object."""
     import numpy as np
 
-    what = np.where(table["zero"], ZERO, COPY)
-    if layered:
-        what = np.where(table["present"], what, np.where(table["zero"], absent_zero, absent))
+    what = np.array(meaning)[(table["present"].astype(np.intp) << 1) | table["zero"]]
     first = np.flatnonzero(np.diff(what, prepend=-1))
     starts = table["offset"][first]
     end = int(table["offset"][-1] + table["length"][-1])
     lengths = np.diff(starts, append=end)
-    return list(zip(starts.tolist(), lengths.tolist(), what[first].tolist()))
+    return list(zip(starts.tolist(), lengths.tolist(), what[first].tolist(), strict=True))
 
 
 def without_small_zeroes(runs: Iterable[Run], least: int) -> Iterator[Run]:

@@ -60,10 +60,11 @@ def _vector_parts(view: memoryview, other: memoryview | None, start: int, stop: 
     """The same for whole blocks, at the speed of memory and mostly without the interpreter's lock."""
     import numpy as np
 
-    words = np.frombuffer(view[start:stop], dtype=np.uint64)
-    if other is not None:
-        words = words ^ np.frombuffer(other[start:stop], dtype=np.uint64)
-    flags = np.bitwise_or.reduce(words.reshape(-1, block // 8), axis=1) != 0
+    words = np.frombuffer(view[start:stop], dtype=np.uint64).reshape(-1, block // 8)
+    if other is None:
+        flags = np.bitwise_or.reduce(words, axis=1) != 0
+    else:
+        flags = (words != np.frombuffer(other[start:stop], dtype=np.uint64).reshape(words.shape)).any(axis=1)
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) * block + start
     return [(first, last) for first, last in edges.reshape(-1, 2).tolist()]
 

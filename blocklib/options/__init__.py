@@ -6,7 +6,7 @@ typed values or an OptionError that names what would have been right.
 
 from __future__ import annotations
 
-from blocklib.options.checking import CacheMode, cache_flags, check_options, describe_options
+from blocklib.options.checking import CacheMode, cache_flags, check_options, common_value, describe_options
 from blocklib.options.tables import Option, options_of
 from blocklib.options.text import OptionValue, asks_for_help, flatten, nest, parse_create_options, parse_options
 
@@ -17,6 +17,7 @@ __all__ = [
     "asks_for_help",
     "cache_flags",
     "check_options",
+    "common_value",
     "describe_options",
     "flatten",
     "nest",

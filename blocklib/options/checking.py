@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from blocklib.drivers import FORMATS
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
-from blocklib.options.tables import NOT_SUPPORTED, Option, Table, options_of
+from blocklib.options.tables import COMMON, NOT_SUPPORTED, Option, Table, options_of
 from blocklib.options.text import flatten, nest
 from blocklib.sizes import parse_size
 
@@ -31,6 +31,8 @@ _BOOLEANS = {
     "y": True,
     "n": False,
 }
+_NOTHING = frozenset({"off", "no", "false", "n", "none", "0"})
+"""Values that ask for nothing, of options that we do not have."""
 _MAX_NODE_NAME = 31
 
 
@@ -74,6 +76,11 @@ def check_options(driver: str, options: Mapping[str, Any], *, table: Table = "op
     return values
 
 
+def common_value(name: str, value: Any) -> Any:
+    """The typed value of an option that every driver has.  Raises OptionError."""
+    return _typed("", next(option for option in COMMON if option.name == name), value)
+
+
 def _own_names(driver: str, known: Mapping[str, Option], options: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """The options given, dotted, children aside; all of them are known."""
     nested = nest(options)
@@ -95,7 +102,7 @@ def _asks_for_nothing(driver: str, name: str, value: Any, known: Mapping[str, Op
     if value == {}:
         return any(other.startswith(name + ".") for other in known)
     for feature in NOT_SUPPORTED.get((table, driver), ()):
-        if name == feature and _BOOLEANS.get(_text(value)) is False:
+        if name == feature and _text(value) in _NOTHING:
             return True
         if name == feature or name.startswith(feature + "."):
             verb = "opening" if table == "open" else "creating"
@@ -126,9 +133,8 @@ def _bad(driver: str, option: Option, value: Any, rule: str, choices: tuple[str,
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    return OptionError(
-        f"{driver}: option {option.name!r} {rule}, not {shown}", option=option.name, driver=driver, choices=choices
-    )
+    text = f"option {option.name!r} {rule}, not {shown}"
+    return OptionError(f"{driver}: {text}" if driver else text, option=option.name, driver=driver or None, choices=choices)
 
 
 def _typed(driver: str, option: Option, value: Any) -> Any:

@@ -36,7 +36,6 @@ class Option(NamedTuple):
 
 
 _PREALLOCATED_FILE = ("off", "falloc", "full")
-_UINT32_MAX = (1 << 32) - 1
 
 COMMON: tuple[Option, ...] = (
     Option("driver", "str", "Name of the driver"),
@@ -83,10 +82,9 @@ _FILE: tuple[Option, ...] = (
 _QCOW2: tuple[Option, ...] = (
     Option("file", "node", "The node or file that holds the image", required=True),
     Option("backing", "node", "The backing node instead of the one the image names; null for none at all"),
-    Option("lazy-refcounts", "bool", "Postpone updates of reference counts; default: what the image says"),
+    Option("lazy-refcounts", "bool", "Reference counts may be postponed (they never are); default: what the image says"),
     Option("pass-discard-request", "bool", "Pass discards on to the file, where discard is unmap", default=True),
-    Option("pass-discard-snapshot", "bool", "Discard in the file what deleting a snapshot frees", default=True),
-    Option("pass-discard-other", "bool", "Discard in the file what anything else frees", default=False),
+    Option("pass-discard-other", "bool", "Discard in the file what anything else frees, likewise", default=False),
     Option("discard-no-unref", "bool", "Keep the host clusters of discarded guest clusters allocated", default=False),
     Option("cache-size", "size", "Memory for both metadata caches together"),
     Option("l2-cache-size", "size", "Memory for the cache of L2 tables"),
@@ -99,13 +97,6 @@ _QCOW2: tuple[Option, ...] = (
         power_of_two=True,
     ),
     Option("refcount-cache-size", "size", "Memory for the cache of refcount blocks"),
-    Option(
-        "cache-clean-interval",
-        "int",
-        "Seconds after which unused metadata leaves the caches; 0: never",
-        default=600,
-        maximum=_UINT32_MAX,
-    ),
 )
 
 OPEN: Mapping[str, tuple[Option, ...]] = {
@@ -189,7 +180,14 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
 
 _FILE_HINTS = ("extent_size_hint", "nocow")
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
-    ("open", "qcow2"): ("data-file", "encrypt", "overlap-check", "snapshot"),
+    ("open", "qcow2"): (
+        "cache-clean-interval",
+        "data-file",
+        "encrypt",
+        "overlap-check",
+        "pass-discard-snapshot",
+        "snapshot",
+    ),
     ("create", "file"): _FILE_HINTS,
     ("create", "qcow2"): (*_FILE_HINTS, "data_file", "data_file_raw", "encrypt", "encryption", "extended_l2"),
     ("create", "raw"): _FILE_HINTS,

@@ -36,6 +36,8 @@ _IOV_MAX: Final = 1024
 """Buffers that one system call takes (Linux and macOS)."""
 _SEEK_DATA: Final = getattr(os, "SEEK_DATA", None)
 _SEEK_HOLE: Final = getattr(os, "SEEK_HOLE", None)
+_NOT_WRITABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+"""How opening fails where only writing is not permitted: by the file's mode, its attributes, its file system."""
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFCHR: "a character device",
@@ -49,7 +51,8 @@ class FileNode(Node):
 
     `direct` bypasses the page cache: requests must then be aligned to `request_alignment`, in memory too.  `no_flush`
     ignores flushes.  `locking` "auto" locks where the host can, "on" insists.  `force_share` takes no locks and needs
-    `read_only`.  `aio` is accepted and changes nothing: a request runs in the thread that makes it.
+    `read_only`.  With `auto_read_only` it becomes `read_only` where writing is not permitted.  `aio` is accepted and
+    changes nothing: a request runs in the thread that makes it.
     """
 
     driver = "file"
@@ -67,6 +70,7 @@ class FileNode(Node):
         no_flush: bool = False,
         discard_passes: bool = False,
         force_share: bool = False,
+        auto_read_only: bool = False,
         locking: Locking = "auto",
         aio: Aio = "threads",
     ) -> None:
@@ -80,6 +84,7 @@ class FileNode(Node):
         self.no_flush = no_flush
         self.discard_passes = discard_passes
         self.force_share = force_share
+        self.auto_read_only = auto_read_only
         self.locking = locking
         self.is_device = False
         self._opener: Opener | None = None
@@ -105,6 +110,7 @@ class FileNode(Node):
             no_flush=bool(options.get("cache.no-flush")),
             discard_passes=options.get("discard") == "unmap",
             force_share=bool(options.get("force-share")),
+            auto_read_only=bool(options.get("auto-read-only")),
             locking=options.get("locking") or "auto",
             aio=options.get("aio") or "threads",
             **extra,
@@ -121,7 +127,13 @@ class FileNode(Node):
 
         Raises ImageNotFoundError, StorageError (also for what is no file or device), UsageError for an impossible name.
         """
-        fd = self._open()
+        try:
+            fd = self._open()
+        except StorageError as exc:
+            if self.read_only or not self.auto_read_only or exc.errno not in _NOT_WRITABLE:
+                raise
+            self.read_only = True
+            fd = self._open()
         try:
             self._examine(fd)
         except BaseException:
@@ -512,6 +524,8 @@ class FileNode(Node):
             raise UsageError(f"{self.path}: preallocation is only for growing", node=self.name)
         try:
             if preallocation == "falloc" and size > before:
+                if not hasattr(os, "posix_fallocate"):
+                    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
                 os.posix_fallocate(self._fd, before, size - before)
             else:
                 os.ftruncate(self._fd, size)

@@ -105,9 +105,13 @@ class MemoryNode(Node):
             last = min(offset + length, self.size)
             index = offset // _CHUNK
             is_data = index in self._chunks
-            end = (index + 1) * _CHUNK
-            while end < last and (end // _CHUNK in self._chunks) == is_data:
-                end += _CHUNK
+            if is_data:
+                while index in self._chunks:
+                    index += 1
+                end = index * _CHUNK
+            else:
+                after = [other for other in self._chunks if other > index]
+                end = min(after) * _CHUNK if after else last
             end = min(end, last)
             flags = FLAG_ALLOCATED | FLAG_OFFSET_VALID | (FLAG_DATA if is_data else FLAG_ZERO)
             if end == self.size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from blocklib.protocols import host
 from blocklib.protocols.file import FileNode, HostDeviceNode
 from blocklib.protocols.memory import MemoryNode
 from tests.conformance.node_tests import NodeTests
-from tests.nodes import attached
-from tests.programs import find_program
+from tests.nodes import attached, loop_device
 
 
 class TestFile(NodeTests):
@@ -123,21 +121,8 @@ class TestBlockDevice(NodeTests):
 
     @pytest.fixture(autouse=True)
     def _device(self, tmp_path: Path) -> Iterator[None]:
-        """`path` is a loop device over a file; it needs privileges that few test runs have."""
-        losetup = find_program("losetup")
-        if losetup is None:
-            pytest.skip("no losetup here")
-        with (tmp_path / "backing").open("wb") as file:
-            file.truncate(self.size)
-        command = [losetup, "--find", "--show", str(tmp_path / "backing")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"no loop device: {done.stderr.strip()}")
-        self.path = done.stdout.strip()
-        try:
+        with loop_device(tmp_path / "backing", self.size) as self.path:
             yield
-        finally:
-            subprocess.run([losetup, "--detach", self.path], check=True)
 
     def make(self, folder: Path) -> Node:
         return self.open_again(folder, read_only=False)

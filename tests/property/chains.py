@@ -65,6 +65,8 @@ class ChainImage:
     spec: ImageSpec
     content: bytearray
     has_backing: bool
+    is_valid: bool = True
+    """What lies below was not changed behind its back."""
 
     @property
     def size(self) -> int:

@@ -142,22 +142,46 @@ class DiskMachine(RuleBasedStateMachine):
         self.images.append(spec.create(path, self.top))
         self._open(how)
 
+    @precondition(lambda self: len(self.images) > 1)
+    @rule(data=st.data(), how=opened())
+    def commit(self, data: st.DataObject, how: dict[str, Any]) -> None:
+        """What the top holds goes into an image below it; the top reads as before."""
+        depth = data.draw(st.integers(1, len(self.images) - 1), label="depth of the base")
+        base, between = self.images[-1 - depth], self.images[-depth:-1]
+        empty = data.draw(st.booleans()) if depth == 1 else True
+        self._close()
+        name = str(base.path) if depth > 1 else None
+        blocklib.commit(self.top.path, base=name, empty=empty, format="qcow2", references="allow")
+        base.resize(max(base.size, self.top.size))
+        base.write(0, bytes(self.top.content))
+        for image in between:
+            image.is_valid = False
+        self._open(how)
+
     def teardown(self) -> None:
         try:
             self._close()
             for image in self.images:
                 self._verify(image)
+            if self.images:
+                self._verify_with_qemu()
         finally:
             if self.disk is not None:
                 self.disk.abandon()
             shutil.rmtree(self.folder)
 
     def _verify(self, image: ChainImage) -> None:
-        with open_image(image) as disk:
-            found = disk.read(0, disk.size)
-        assert not first_difference(found, image.content), image.path.name
+        if image.is_valid:
+            with open_image(image) as disk:
+                found = disk.read(0, disk.size)
+            assert not first_difference(found, image.content), image.path.name
         if image.spec.format == "qcow2":
             qemu_img("check", "-q", "-f", "qcow2", image.path)
+
+    def _verify_with_qemu(self) -> None:
+        copy = self.folder / "converted.raw"
+        qemu_img("convert", "-f", "qcow2", "-O", "raw", self.top.path, copy)
+        assert not first_difference(copy.read_bytes(), self.top.content), "read by QEMU"
 
 
 qemu_img = Program(find_program("qemu-img") or "qemu-img")

@@ -31,7 +31,7 @@ from blocklib.graph import Edge
 from blocklib.policy import Reference
 from blocklib.protocols import host
 from blocklib.protocols.file import FileNode, HostDeviceNode
-from tests.nodes import descriptors_of
+from tests.nodes import descriptors_of, loop_device
 
 MiB = 1 << 20
 
@@ -709,6 +709,55 @@ def test_a_reopen_that_the_host_refuses_changes_nothing(opened: Open, monkeypatc
     assert caught.value.errno == errno.EROFS
     assert node.read_only
     assert read(node, 0, 1) == b"a"
+
+
+# -- block devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[FileNode]:
+    with loop_device(tmp_path / "backing", MiB) as name:
+        node = HostDeviceNode(None, name, read_only=False)
+        node.load()
+        yield node
+        node.close()
+
+
+def test_a_device_has_its_own_size(device: FileNode) -> None:
+    assert device.size == MiB
+    device.truncate(1000)
+    assert device.size == MiB
+    with pytest.raises(StorageError, match="cannot grow"):
+        device.truncate(MiB + 1)
+
+
+def test_a_device_is_full_at_its_end(device: FileNode) -> None:
+    for change in (lambda: device.pwritev(MiB - 4, (b"x" * 8,)), lambda: device.zero_range(MiB, 512, unmap=False)):
+        with pytest.raises(StorageError) as caught:
+            change()  # type: ignore[no-untyped-call]
+        assert caught.value.errno == errno.ENOSPC
+    assert device.size == MiB
+
+
+def test_a_device_is_zeroed_and_discarded_in_sectors(device: FileNode, tmp_path: Path) -> None:
+    assert device.zero_alignment == 512
+    device.pwritev(0, (b"x" * MiB,))
+    device.zero_range(512, 1024, unmap=False)
+    device.zero_range(MiB // 4, MiB // 4, unmap=True)
+    device.discard_range(MiB // 2, MiB // 2)
+    device.flush()
+    content = read(device, 0, MiB // 2)
+    assert content == b"x" * 512 + bytes(1024) + b"x" * (MiB // 4 - 1536) + bytes(MiB // 4)
+    backing = tmp_path / "backing"
+    if can_punch(backing):
+        assert backing.stat().st_blocks * 512 <= MiB // 2
+
+
+def test_the_file_driver_takes_a_device_too(device: FileNode) -> None:
+    node = FileNode(None, device.path, read_only=True)
+    node.load()
+    assert (node.is_device, node.size) == (True, MiB)
+    node.close()
 
 
 # -- all together ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from blocklib.options import (
     asks_for_help,
     cache_flags,
     check_options,
+    common_value,
     describe_options,
     flatten,
     nest,
@@ -252,7 +253,7 @@ def test_options_come_out_typed_with_defaults_filled_in() -> None:
     assert values["l2-cache-size"] == 3 << 19
     assert values["lazy-refcounts"] is True
     assert values["detect-zeroes"] == "off"
-    assert values["cache-clean-interval"] == 600
+    assert values["pass-discard-request"] is True
     assert values.keys() | {"backing"} == options_of("qcow2").keys()
 
 
@@ -288,8 +289,6 @@ def test_what_cannot_be_a_child_is_refused(child: object) -> None:
         ("l2-cache-size", "8M", 8 << 20),
         ("l2-cache-size", 0, 0),
         ("l2-cache-entry-size", "0x200", 512),
-        ("cache-clean-interval", "0", 0),
-        ("cache-clean-interval", "0x10", 16),
         ("node-name", "drive-0.top_1", "drive-0.top_1"),
     ],
 )
@@ -307,8 +306,6 @@ def test_a_value_may_be_typed_or_text(name: str, value: object, typed: object) -
         *[("detect-zeroes", bad) for bad in ("true", 1, None)],
         *[("l2-cache-size", bad) for bad in (-1, "-1", "garbage", True, None, 1.5, "8E", 1 << 63)],
         *[("l2-cache-entry-size", bad) for bad in (256, 513, "4M", 0)],
-        *[("cache-clean-interval", bad) for bad in ("1k", "0x1k", "0x", "01", "²", "", "1.5", " ")],
-        *[("cache-clean-interval", bad) for bad in (-1, 1 << 32, "five", None, True)],
         *[("node-name", bad) for bad in ("", "#x", "0x", "a b", "ä", "a" * 32, 7, None)],
     ],
 )
@@ -318,6 +315,33 @@ def test_a_bad_value_is_refused_by_the_name_of_its_option(name: str, value: obje
     assert caught.value.option == name
     assert caught.value.driver == "qcow2"
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "typed"), [(8, 8), ("8", 8), ("0x10", 16)])
+def test_a_number_may_be_typed_or_text(value: object, typed: int) -> None:
+    assert check_options("qcow2", {"refcount_bits": value}, table="create")["refcount_bits"] == typed
+
+
+@pytest.mark.parametrize(
+    "bad", ["1k", "0x1k", "0x", "01", "²", "", "1.0", " ", "eight", -1, 0, 3, 1 << 32, None, True]
+)
+def test_a_bad_number_is_refused_by_the_name_of_its_option(bad: object) -> None:
+    with pytest.raises(OptionError) as caught:
+        check_options("qcow2", {"refcount_bits": bad}, table="create")
+    assert caught.value.option == "refcount_bits"
+
+
+def test_an_option_that_every_driver_has_can_be_typed_without_one() -> None:
+    assert common_value("read-only", "off") is False
+    assert common_value("discard", "on") == "unmap"
+    with pytest.raises(OptionError, match=r"^option 'cache\.direct' is 'on' or 'off', not 7") as caught:
+        common_value("cache.direct", 7)
+    assert (caught.value.option, caught.value.driver) == ("cache.direct", None)
+
+
+@pytest.mark.parametrize("value", ["off", False, "none", "0", 0])
+def test_an_option_of_qemu_that_we_lack_may_ask_for_nothing(value: object) -> None:
+    assert "overlap-check" not in check_options("qcow2", {"file": "x", "overlap-check": value})
 
 
 def test_a_bad_choice_names_the_choices() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
+from blocklib.errors import ImageCorruptError
 from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
 
 if TYPE_CHECKING:
@@ -52,11 +53,16 @@ class _Entry:
 class TableCache:
     """At most about `capacity` bytes of tables of `length` bytes each, more only while they are dirty."""
 
-    def __init__(self, file: Edge, typecode: str, length: int, capacity: int) -> None:
+    def __init__(
+        self, file: Edge, typecode: str, length: int, capacity: int, *, structure: str = "table", node: str | None = None
+    ) -> None:
         self._file = file
         self.typecode = typecode
         self.length = length
+        self._structure = structure
+        self._node = node
         self.max_entries = max(2, capacity // length)
+        self._spare = self.max_entries // 16
         self._entries: dict[int, _Entry] = {}
         self._dirty = 0
         self._loading: dict[int, threading.Event] = {}
@@ -78,7 +84,10 @@ class TableCache:
         return entry.table
 
     def load(self, host_offset: int, lock: threading.Lock) -> Table:
-        """Bring a table in; of several threads that ask for one, one reads and the others wait.  Call without `lock`."""
+        """Bring a table in; of several threads that ask for one, one reads and the others wait.  Call without `lock`.
+
+        Raises ImageCorruptError for a table outside the file, StorageError.
+        """
         while True:
             with self._loading_lock:
                 event = self._loading.get(host_offset)
@@ -90,6 +99,7 @@ class TableCache:
             if table is not None:
                 return table
         try:
+            self.check_inside_file(host_offset)
             read = read_table(self._file, self.typecode, host_offset, self.length)
             with lock:
                 table = self.peek(host_offset)  # the place may have been given to a new table meanwhile
@@ -101,6 +111,21 @@ class TableCache:
             with self._loading_lock:
                 del self._loading[host_offset]
             event.set()
+
+    def check_inside_file(self, host_offset: int) -> None:
+        """Raises ImageCorruptError for a table that begins past the end of the file and is not cached.
+
+        Only who reads from the file asks this: a new table lies past the end until the next flush has written it.
+        """
+        if host_offset >= self._file.size:
+            raise ImageCorruptError(
+                f"{self._node}: {self._structure} at {host_offset:#x} lies outside the file",
+                structure=self._structure,
+                host_offset=host_offset,
+                expected=f"an offset below {self._file.size}",
+                found=f"{host_offset:#x}",
+                node=self._node,
+            )
 
     def insert(self, host_offset: int, table: Table, *, dirty: bool = False) -> None:
         """Add a table that was read (clean) or made (dirty)."""
@@ -170,8 +195,9 @@ class TableCache:
         self._dirty = 0
 
     def _evict(self) -> None:
-        """Drop clean tables that were not used since the last look, oldest first."""
-        surplus = len(self._entries) - self.max_entries
+        """Drop clean tables that were not used since the last look, oldest first; some more than must go, because it looks
+        at every table."""
+        surplus = len(self._entries) - self.max_entries + self._spare
         for host_offset in list(self._entries):
             if surplus <= 0:
                 return

@@ -37,6 +37,7 @@ _MAX_WEIGHT: Final = 1 << 31
 """More users of one table than this are not told apart: it keeps every sum exact."""
 _PENDING: Final = 1 << 22
 """L1 entries that are collected before equal ones are merged."""
+_SECTOR: Final = 512
 _SLICE: Final = 1 << 20
 """Clusters compared at a time."""
 
@@ -60,7 +61,8 @@ class Scan:
         self.header = header
         self.geometry = geometry
         self.findings = findings
-        self.file_size = file.size
+        self.file_size = -(-file.size // _SECTOR) * _SECTOR
+        """In whole sectors: that is how ``qemu-img check`` measures what reaches past the end."""
         self.n_clusters = geometry.clusters_for(self.file_size)
         try:
             self.stored = StoredRefcounts(file, header, geometry, self.n_clusters + 1)

@@ -25,7 +25,7 @@ from blocklib.extents import (
 )
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import TableCache
-from blocklib.formats.qcow2.tables import Table, check_host_offset
+from blocklib.formats.qcow2.tables import Table
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -56,7 +56,6 @@ class Mapping:
         self.geometry = geometry
         self.l1 = l1
         self.l1_offset = l1_offset
-        self._file = file
         self._node = node
         self.zero_flag_allowed = version >= layout.VERSION_3
         self._cluster_bits = geometry.cluster_bits
@@ -67,7 +66,9 @@ class Mapping:
         self.slice_entries = slice_length // layout.L2_ENTRY_LENGTH
         self._slice_shift = geometry.cluster_bits + self.slice_entries.bit_length() - 1
         self._slices_mask = (1 << (geometry.l1_shift - self._slice_shift)) - 1
-        self.cache = TableCache(file, "Q", slice_length, cache_bytes)
+        # Copying a table needs all of its slices at once, old and new.
+        cache_bytes = max(cache_bytes, 2 << geometry.cluster_bits)
+        self.cache = TableCache(file, "Q", slice_length, cache_bytes, structure="L2 table", node=node)
         self.dirty_l1: set[int] = set()
         self.new_tables: dict[int, int] = {}
         """Host offset -> L1 index of L2 tables that the file's L1 table does not point at yet."""
@@ -86,11 +87,8 @@ class Mapping:
         host_offset = entry & _OFFSET_MASK
         if not host_offset:
             return None
-        if host_offset & self._cluster_mask or host_offset >= self._file.size:
-            if host_offset not in self.new_tables:
-                check_host_offset(
-                    host_offset, self._file.size, self._cluster_mask, "L1 entry", entry=entry, node=self._node
-                )
+        if host_offset & self._cluster_mask:
+            raise self.bad_entry(entry, "a cluster aligned offset", "L1 entry")
         return host_offset + (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length
 
     def resolve(self, table: Table, index: int, offset: int, length: int, edge: Edge) -> Run:
@@ -107,6 +105,8 @@ class Mapping:
             if not self.zero_flag_allowed:
                 raise self.bad_entry(entry, "no zero flag in a version 2 image")
             if host_offset:
+                if host_offset & self._cluster_mask:
+                    raise self.bad_entry(entry, "a cluster aligned offset")
                 expected = entry + self._cluster_size
                 while j < stop and table[j] == expected:
                     expected += self._cluster_size
@@ -146,10 +146,10 @@ class Mapping:
     def index_in_slice(self, offset: int) -> int:
         return offset >> self._cluster_bits & (self.slice_entries - 1)
 
-    def bad_entry(self, entry: int, expected: str) -> ImageCorruptError:
+    def bad_entry(self, entry: int, expected: str, structure: str = "L2 entry") -> ImageCorruptError:
         return ImageCorruptError(
-            f"{self._node}: L2 entry {entry:#x} where {expected} was expected",
-            structure="L2 entry",
+            f"{self._node}: {structure} {entry:#x} where {expected} was expected",
+            structure=structure,
             expected=expected,
             found=f"{entry:#x}",
             node=self._node,
@@ -164,13 +164,12 @@ class Mapping:
         """
         l1_index = guest_offset >> self._l1_shift
         entry = self.l1[l1_index]
-        if entry & _COPIED or entry & _OFFSET_MASK in self.new_tables:
-            host_offset = self.slice_at(guest_offset)
-            assert host_offset is not None
+        host_offset = self.slice_at(guest_offset)
+        if host_offset is not None and entry & _COPIED:
             return host_offset, self.cache.need(host_offset)
         old_offset = entry & _OFFSET_MASK
         slices = range(0, self._cluster_size, self.slice_length)
-        old = [self.cache.need(old_offset + start) for start in slices] if self.slice_at(guest_offset) is not None else []
+        old = [self.cache.need(old_offset + start) for start in slices] if host_offset is not None else []
         cluster, _n = refcounts.allocate(1)
         new_offset = cluster << self._cluster_bits
         for number, start in enumerate(slices):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _OFFSET_MASK = np.uint64(layout.OFFSET_MASK)
 _COMPRESSED = np.uint64(layout.FLAG_COMPRESSED)
 _ZERO = np.uint64(layout.FLAG_ZERO)
+_COPIED = np.uint64(layout.FLAG_COPIED)
 
 
 def resolve_table(mapping: Mapping, file: Edge, offset: int, length: int) -> RunTable:
@@ -72,6 +73,7 @@ def _load_entries(mapping: Mapping, file: Edge, offset: int, length: int) -> tup
         if table is not None:
             parts.append(numpy_view(table).copy())
         else:
+            mapping.cache.check_inside_file(host_offset)
             buffer = np.empty(mapping.slice_length, dtype=np.uint8)
             file.read(host_offset, memoryview(buffer))
             parts.append(buffer.view(">u8").astype(np.uint64))
@@ -92,6 +94,8 @@ def classify(mapping: Mapping, entries: NDArray[np.uint64], guest_offset: int) -
     _refuse(mapping, entries, (host & geometry.cluster_mask) != 0, "a cluster aligned offset")
     if not mapping.zero_flag_allowed:
         _refuse(mapping, entries, zero, "no zero flag in a version 2 image")
+    absent = (host == 0) & ~zero & ~compressed
+    _refuse(mapping, entries, absent & ((entries & ~_COPIED) != 0), "reserved bits of zero")
     kind = np.full(len(entries), KIND_BACKING, dtype=np.uint8)
     kind[host != 0] = KIND_DATA
     kind[zero] = KIND_ZERO

@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blocklib.errors import ImageCorruptError, ImageLimitError, PoisonedError, UnsupportedFeatureError
+from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, PoisonedError, UnsupportedFeatureError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.compression import decompress
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
+from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
@@ -85,7 +86,7 @@ class Qcow2Node(Node):
         file = self.file
         self.header = self._read_header()
         self.geometry = self.header.geometry()
-        self.size = self.header.size
+        self.size = self.header.size // SIZE_UNIT * SIZE_UNIT  # QEMU shows whole sectors
         self.zero_alignment = self.geometry.cluster_size
         if self.metadata_only:
             return
@@ -112,10 +113,14 @@ class Qcow2Node(Node):
             ),
             node=self.filename,
         )
-        self._set_zeroing()
+        self.refcounts.l1_clusters = self._l1_clusters()
         if not self.read_only:
             self._refuse_what_cannot_be_written()
             self.tracker = RequestTracker()
+
+    def _l1_clusters(self) -> tuple[int, int]:
+        geometry = self.geometry
+        return self.mapping.l1_offset >> geometry.cluster_bits, geometry.l1_clusters_for(len(self.mapping.l1))
 
     def _read_header(self) -> Header:
         file = self.file
@@ -168,7 +173,7 @@ class Qcow2Node(Node):
         if self.header.autoclear_features:
             self.header.autoclear_features = 0
             self.rewrite_header()
-            self.file.flush()
+            self.writeback.barrier()
 
     def _repair_after_crash(self) -> None:
         from blocklib.formats.qcow2.repair import repair_image
@@ -306,6 +311,7 @@ class Qcow2Node(Node):
         return self.retry(lambda: self._prepare_locked(offset, length))
 
     def _prepare_locked(self, offset: int, length: int) -> WriteRun:
+        self.check_writable()
         mapping, geometry = self.mapping, self.geometry
         bits = geometry.cluster_bits
         in_cluster = offset & geometry.cluster_mask
@@ -337,20 +343,23 @@ class Qcow2Node(Node):
         offset = ticket.first << self.geometry.cluster_bits
         mapping = self.mapping
 
+        n = ticket.stop - ticket.first
+
         def change() -> None:
             slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
-            host_offset = ticket.host_cluster << self.geometry.cluster_bits
-            old = mapping.link(slice_offset, table, mapping.index_in_slice(offset), host_offset, ticket.stop - ticket.first)
-            if not ticket.preallocated:
-                self.writeback.freed.extend(mapping.host_clusters_of(old))
+            index = mapping.index_in_slice(offset)
+            lost = [] if ticket.preallocated else mapping.host_clusters_of(table[index : index + n])
+            mapping.link(slice_offset, table, index, ticket.host_cluster << self.geometry.cluster_bits, n)
+            self.writeback.freed.extend(lost)
             self.allocations.remove(ticket)
 
         try:
             self.retry(change)
+        except BlocklibError:  # before anything was linked
+            self.unreserve(ticket)
+            raise
         except BaseException:
-            with self.lock:
-                if self.allocations.holds(ticket):
-                    self.allocations.remove(ticket)
+            self._forget_ticket(ticket)
             self.poison("linking a written cluster was interrupted")
             raise
         self.writeback.relieve()
@@ -363,10 +372,21 @@ class Qcow2Node(Node):
                 self.refcounts.release(ticket.host_cluster, ticket.stop - ticket.first)
             self.allocations.remove(ticket)
 
-        self.retry(change)
+        try:
+            self.retry(change)
+        except BaseException:
+            self._forget_ticket(ticket)  # its host clusters leak, but nobody waits for it
+            raise
+
+    def _forget_ticket(self, ticket: AllocationTicket) -> None:
+        with self.lock:
+            if self.allocations.holds(ticket):
+                self.allocations.remove(ticket)
 
     def zero_part(self, offset: int, length: int) -> bool:
-        return self.retry(lambda: self._zero_part_locked(offset))
+        done = self.retry(lambda: self._zero_part_locked(offset))
+        self.writeback.relieve()
+        return done
 
     def _zero_part_locked(self, offset: int) -> bool:
         """Whether the cluster reads as zero already, or could be made a zero cluster because nothing else is in it."""
@@ -431,16 +451,16 @@ class Qcow2Node(Node):
             except BaseException:
                 self.header.backing_name, self.header.backing_format = before
                 raise
-            self.file.flush()
-            self._set_zeroing()
+            self.writeback.barrier()
 
     @property
     def _has_backing(self) -> bool:
         return self.header.backing_name is not None or "backing" in self.children
 
-    def _set_zeroing(self) -> None:
+    @property
+    def zeroes_by_metadata(self) -> bool:
         # Version 2 has no zero clusters: only an absent one reads as zero, and only where nothing shows through.
-        self.zeroes_by_metadata = self.header.version > layout.VERSION_2 or self.header.backing_name is None
+        return self.header.version > layout.VERSION_2 or not self._has_backing
 
     # -- what the parts of the driver share ---------------------------------------------------------------------------
 
@@ -461,19 +481,21 @@ class Qcow2Node(Node):
         for host_offset, data in change.rest:
             self.file.write(host_offset, (data,))
         if change.rest:
-            self.file.flush()
+            self.writeback.barrier()
         self.file.write(0, (change.first,))
         self.header.extensions = change.header.extensions
         self.header.backing_file_offset = change.header.backing_file_offset
         self.header.backing_file_size = change.header.backing_file_size
 
-    def give_back(self, runs: list[tuple[int, int]]) -> None:
-        """Host clusters became free: let the host have the space where the image was opened for that."""
-        if not self.discard_passes or not self.options.get("pass-discard-request", True):
-            return
+    @property
+    def punches_holes(self) -> bool:
+        """Whether the host gets the space of clusters that become free."""
+        return self.discard_passes and bool(self.options.get("pass-discard-request", True))
+
+    def punch(self, first: int, n_clusters: int) -> None:
+        """Give the host the space of clusters that nobody uses and nobody can allocate yet."""
         bits = self.geometry.cluster_bits
-        for first, n in runs:
-            self.file.discard(first << bits, n << bits)
+        self.file.discard(first << bits, n_clusters << bits)
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ order that survives a crash (blocks, then the table that points at them, then th
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from blocklib.errors import ImageCorruptError, ImageLimitError
 from blocklib.formats.qcow2 import layout
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from blocklib.graph import Edge
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+_FAR: Final = 1 << 40
+"""Bytes: more than one flush can leave counted as used behind the end of the file when the host crashes."""
+_SEARCH_BYTES: Final = 4096
+_HAS_FREE: Final = {
+    width: bytes(
+        any(not byte >> shift & ((1 << width) - 1) for shift in range(0, 8, width)) for byte in range(256)
+    )
+    for width in (1, 2, 4)
+}
+"""Refcount width in bits -> for each byte of a block, whether one of the counts in it is zero."""
 
 
 class Refcounts:
@@ -36,8 +46,14 @@ class Refcounts:
         self._block_bits = geometry.refcount_block_bits
         self._block_mask = geometry.refcount_block_entries - 1
         self._file = file
-        self.cache = TableCache(file, _TYPECODES.get(geometry.refcount_order, "B"), geometry.cluster_size, cache_bytes)
+        typecode = _TYPECODES.get(geometry.refcount_order, "B")
+        self.cache = TableCache(
+            file, typecode, geometry.cluster_size, cache_bytes, structure="refcount block", node=node
+        )
         self._hint = 0
+        self._end = 0  # behind the last cluster that was taken here
+        self.l1_clusters = (0, 0)
+        """(first cluster, number) of the L1 table, for `allocate` to keep off."""
         self.dirty_table_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
         self.table_moved = False
@@ -139,12 +155,13 @@ class Refcounts:
             index = None
             if block_index >= len(self.table) or not self.table[block_index]:
                 if self._is_beyond_the_file(block_index):
-                    self._add_blocks(block_index)
+                    self._add_blocks(block_index, n_clusters if exactly else 0)
                     continue
             else:
                 index = self._find_free(self.block(block_index), start & self._block_mask)
             if index is None:
                 start = (block_index + 1) << self._block_bits
+                self._refuse_far(start)
                 if not exactly:
                     self._hint = start
                 continue
@@ -155,17 +172,50 @@ class Refcounts:
             if exactly and got < n_clusters:
                 start = first + got
                 continue
+            self._refuse_metadata(first, got)
             self._take(first, got)
             return first, got
+
+    def _refuse_far(self, cluster: int) -> None:
+        """Raises ImageCorruptError where full blocks go on far behind all that is there: they would keep us busy for hours."""
+        known = max(self._file.size, self._end << self.geometry.cluster_bits)
+        if cluster << self.geometry.cluster_bits > known + _FAR:
+            raise ImageCorruptError(
+                f"{self._node}: the refcounts call everything up to {cluster << self.geometry.cluster_bits:#x} used, "
+                f"but the image ends at {known:#x}",
+                structure="refcount table",
+                host_offset=self.table_offset,
+                expected=f"free clusters soon after {known:#x}",
+                found=f"none before {cluster << self.geometry.cluster_bits:#x}",
+                node=self._node,
+            )
+
+    def _refuse_metadata(self, first: int, n_clusters: int) -> None:
+        """Raises ImageCorruptError where counts call free what cannot be: taking it would overwrite the image's own tables."""
+        bits = self.geometry.cluster_bits
+        block_index = first >> self._block_bits
+        for start, length, what in (
+            (0, 1, "header"),
+            (self.table_offset >> bits, len(self.table) * 8 >> bits, "refcount table"),
+            (*self.l1_clusters, "L1 table"),
+            (self.table[block_index] >> bits, 1, "refcount block"),
+        ):
+            if start < first + n_clusters and first < start + length:
+                raise ImageCorruptError(
+                    f"{self._node}: the {what}, at {start << bits:#x}, has refcount 0; repair the image first",
+                    structure="refcount block entry",
+                    host_offset=self.table[block_index],
+                    expected=f"a refcount of 1 for the {what}",
+                    found="0",
+                    node=self._node,
+                )
 
     def release(self, first: int, n_clusters: int) -> list[tuple[int, int]]:
         """Lower the refcounts of a run by one; the runs (first cluster, number) that nobody uses any more.
 
         Raises MissingTableError with nothing changed, or ImageCorruptError.
         """
-        for block_index in range(first >> self._block_bits, ((first + n_clusters - 1) >> self._block_bits) + 1):
-            if block_index < len(self.table) and self.table[block_index]:
-                self.block(block_index)
+        self._need_blocks(first, n_clusters)
         freed: list[tuple[int, int]] = []
         cluster, end = first, first + n_clusters
         while cluster < end:
@@ -183,15 +233,49 @@ class Refcounts:
             cluster += n
         return freed
 
-    def _release_ones(self, cluster: int, n: int) -> bool:
-        """The whole run in one step, where it lies in one block and each count is one; False otherwise."""
+    def sole_runs(self, first: int, n_clusters: int) -> list[tuple[int, int]]:
+        """The parts of a run that `release` would free, (first cluster, number) each: those with a refcount of one.
+
+        Raises MissingTableError.
+        """
+        self._need_blocks(first, n_clusters)
+        runs: list[tuple[int, int]] = []
+        cluster, end = first, first + n_clusters
+        while cluster < end:
+            n = min(end - cluster, self._block_mask + 1 - (cluster & self._block_mask))
+            if not (n > 1 and self._are_ones(cluster, n)):
+                n = 1
+                if self.get(cluster) != 1:
+                    cluster += 1
+                    continue
+            if runs and runs[-1][0] + runs[-1][1] == cluster:
+                runs[-1] = (runs[-1][0], runs[-1][1] + n)
+            else:
+                runs.append((cluster, n))
+            cluster += n
+        return runs
+
+    def _need_blocks(self, first: int, n_clusters: int) -> None:
+        for block_index in range(first >> self._block_bits, ((first + n_clusters - 1) >> self._block_bits) + 1):
+            if block_index < len(self.table) and self.table[block_index]:
+                self.block(block_index)
+
+    def _are_ones(self, cluster: int, n: int) -> bool:
+        """Whether each count of a run inside one block is one; may say no where counts are no whole bytes."""
         block_index = cluster >> self._block_bits
         if self._width < 8 or block_index >= len(self.table) or not self.table[block_index]:
             return False
         block = self.block(block_index)
         index = cluster & self._block_mask
-        if block[index : index + n] != array(block.typecode, (1,)) * n:
+        return block[index : index + n] == array(block.typecode, (1,)) * n
+
+    def _release_ones(self, cluster: int, n: int) -> bool:
+        """The whole run in one step, where it lies in one block and each count is one; False otherwise."""
+        if not self._are_ones(cluster, n):
             return False
+        block_index = cluster >> self._block_bits
+        block = self.block(block_index)
+        index = cluster & self._block_mask
         block[index : index + n] = zero_table(block.typecode, n * block.itemsize)
         self.cache.mark_dirty(self.table[block_index], index, index + n)
         self._hint = min(self._hint, cluster)
@@ -203,16 +287,19 @@ class Refcounts:
                 return block.index(0, index)
             except ValueError:
                 return None
-        full = 0xFF
         per_byte = 8 // self._width
-        end = len(block) * per_byte
-        while index < end:
-            if index % per_byte == 0 and self._width == 1 and block[index // per_byte] == full:
-                index += per_byte
-            elif self._get(block, index) == 0:
+        while index % per_byte:  # the rest of a byte
+            if self._get(block, index) == 0:
                 return index
-            else:
-                index += 1
+            index += 1
+        has_free = _HAS_FREE[self._width]
+        for start in range(index // per_byte, len(block), _SEARCH_BYTES):
+            found = block[start : start + _SEARCH_BYTES].tobytes().translate(has_free).find(1)
+            if found >= 0:
+                index = (start + found) * per_byte
+                while self._get(block, index):
+                    index += 1
+                return index
         return None
 
     def _free_run(self, first: int, n_clusters: int, *, across_blocks: bool) -> int:
@@ -224,7 +311,7 @@ class Refcounts:
             if block_index >= len(self.table) or not self.table[block_index]:
                 if not across_blocks or not self._is_beyond_the_file(block_index):
                     return got
-                self._add_blocks(block_index)
+                self._add_blocks(block_index, n_clusters)
                 continue
             if got and not cluster & self._block_mask and not across_blocks:
                 return got
@@ -267,6 +354,7 @@ class Refcounts:
                     self._set(block_index, block, i, 1)
             done += n
         self._hint = max(self._hint, first + n_clusters) if self._hint >= first else self._hint
+        self._end = max(self._end, first + n_clusters)
 
     def _is_beyond_the_file(self, block_index: int) -> bool:
         """Whether clusters that no block counts may be taken into use.
@@ -280,11 +368,12 @@ class Refcounts:
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
-    def _add_blocks(self, block_index: int) -> None:
+    def _add_blocks(self, block_index: int, run: int = 0) -> None:
         """Make refcount blocks for the clusters of table entry `block_index`, in the first of those clusters.
 
         Nothing can be in use there yet, so the blocks count themselves and no other block has to change.  Small clusters
-        get several at once: a table entry costs a barrier at the flush that first uses it.
+        get several at once: a table entry costs a barrier at the flush that first uses it.  Where the table has room, a
+        run of `run` clusters fits behind the blocks without meeting another.
         """
         if block_index >= len(self.table):
             self._grow_table(block_index)
@@ -292,8 +381,7 @@ class Refcounts:
         n_blocks = 1
         coverage = self.geometry.cluster_size << self._block_bits
         while (
-            n_blocks * coverage < 16 << 20
-            and n_blocks * 4 < self._block_mask
+            ((n_blocks * coverage < 16 << 20 and n_blocks * 4 < self._block_mask) or n_blocks * self._block_mask < run)
             and block_index + n_blocks < len(self.table)
             and not self.table[block_index + n_blocks]
         ):
@@ -303,8 +391,7 @@ class Refcounts:
     def _place_blocks(self, block_index: int, n_blocks: int) -> None:
         first = block_index << self._block_bits
         cluster_bits = self.geometry.cluster_bits
-        if (first + n_blocks) << cluster_bits >= layout.MAX_HOST_OFFSET:
-            raise ImageLimitError(f"{self._node}: the image file cannot grow beyond 64 PiB", node=self._node)
+        self._check_room(block_index, n_blocks)
         for i in range(n_blocks):
             offset = (first + i) << cluster_bits
             self.table[block_index + i] = offset
@@ -312,23 +399,36 @@ class Refcounts:
             self.cache.insert(offset, zero_table(self.cache.typecode, self.geometry.cluster_size), dirty=True)
         self._take(first, n_blocks)
 
+    def _check_room(self, block_index: int, n_clusters: int) -> None:
+        end = ((block_index << self._block_bits) + n_clusters) << self.geometry.cluster_bits
+        if end >= layout.MAX_HOST_OFFSET:
+            raise ImageLimitError(
+                f"{self._node}: the image file cannot grow beyond 64 PiB",
+                structure="refcount table",
+                expected=f"clusters below {layout.MAX_HOST_OFFSET:#x}",
+                found=f"{end:#x}",
+                node=self._node,
+            )
+
     def _grow_table(self, block_index: int) -> None:
         """A larger refcount table, placed with the blocks that count it in clusters that no block counted so far."""
         geometry = self.geometry
         old_clusters = len(self.table) * 8 >> geometry.cluster_bits
-        wanted = max(old_clusters * 3 // 2, ((block_index + 1) * 8 >> geometry.cluster_bits) + 1)
-        if wanted << geometry.cluster_bits > layout.MAX_REFCOUNT_TABLE_BYTES:
-            wanted = layout.MAX_REFCOUNT_TABLE_BYTES >> geometry.cluster_bits
-            if block_index >= (wanted << geometry.cluster_bits) // 8:
-                raise ImageLimitError(
-                    f"{self._node}: the refcount table cannot grow beyond {layout.MAX_REFCOUNT_TABLE_BYTES} bytes",
-                    structure="refcount table",
-                    node=self._node,
-                )
-        n_blocks = 1
-        while n_blocks << self._block_bits < n_blocks + wanted:
+        most = layout.MAX_REFCOUNT_TABLE_BYTES >> geometry.cluster_bits
+        wanted = min(old_clusters * 3 // 2, most)
+        n_blocks = 0
+        while n_blocks * self._block_mask < wanted:  # each block counts itself and block_mask other clusters
             n_blocks += 1
-        wanted = max(wanted, ((block_index + n_blocks) * 8 >> geometry.cluster_bits) + 1)
+            wanted = max(wanted, geometry.clusters_for((block_index + n_blocks) * 8))
+        if wanted > most:
+            raise ImageLimitError(
+                f"{self._node}: the refcount table cannot grow beyond {layout.MAX_REFCOUNT_TABLE_BYTES} bytes",
+                structure="refcount table",
+                expected=f"at most {most} clusters",
+                found=str(wanted),
+                node=self._node,
+            )
+        self._check_room(block_index, n_blocks + wanted)
         old_first = self.table_offset >> geometry.cluster_bits
         self.table.extend(array("Q", bytes((wanted << geometry.cluster_bits) - len(self.table) * 8)))
         self._place_blocks(block_index, n_blocks)

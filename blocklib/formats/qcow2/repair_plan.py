@@ -142,16 +142,15 @@ class RepairPlan:
         if scan.references_lost or not (self._missing | self._usable).all():
             return {}
         placed: dict[int, int] = {}
+        wanted = set(pending)
         for block in pending:  # grows while it is walked
-            cluster = scan.end + len(placed)
-            counted_by = cluster >> block_bits
+            placed[block] = scan.end + len(placed)
+            counted_by = placed[block] >> block_bits
             if counted_by >= self._missing.size:
                 return {}
-            if self._missing[counted_by] and counted_by not in pending:
+            if self._missing[counted_by] and counted_by not in wanted:
+                wanted.add(counted_by)
                 pending.append(counted_by)
-            elif not self._missing[counted_by] and not self._usable[counted_by]:
-                return {}
-            placed[block] = cluster
         return placed
 
     # -- flags --------------------------------------------------------------------------------------------------------
@@ -194,7 +193,8 @@ class RepairPlan:
         length = scan.active_l1.nbytes if table_offset == scan.header.l1_table_offset else scan.geometry.cluster_size
         first = table_offset >> scan.geometry.cluster_bits
         last = (table_offset + length - 1) >> scan.geometry.cluster_bits
-        return not ((scan.shared >= first) & (scan.shared <= last)).any()
+        near = scan.shared[np.searchsorted(scan.shared, first) :]
+        return not near.size or bool(near[0] > last)
 
     # -- as bytes -----------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Final
 
-from blocklib.errors import ImageLimitError, UnsupportedFeatureError
+from blocklib.errors import ImageLimitError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.formats.qcow2.zeroing import forget_range
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
     """Make the disk `size` bytes (a multiple of 512) long; the caller has drained it.
 
-    Raises ImageLimitError where the L1 table would grow too large.
+    Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
     """
+    if size % SIZE_UNIT:  # QEMU shows only whole sectors: it would not see the end of the disk
+        raise UsageError(f"{node.filename}: the size of a qcow2 image is a multiple of {SIZE_UNIT}, not {size}")
     old_size = node.size
     if size < old_size:
         _shrink(node, size)
@@ -42,23 +45,46 @@ def _grow(node: Qcow2Node, size: int) -> None:
         )
     with node.writeback.structure:
         node.writeback.flush()
-        old_l1, old_offset = node.mapping.l1, node.mapping.l1_offset
-        if entries > len(old_l1):
-            clusters = geometry.l1_clusters_for(entries)
-            first, _n = node.retry(lambda: node.refcounts.allocate(clusters, exactly=True))
-            new_l1 = old_l1 + array("Q", bytes((clusters << geometry.cluster_bits) - len(old_l1) * 8))
-            new_offset = first << geometry.cluster_bits
-            node.file.write(new_offset, (table_to_bytes(new_l1),))
-            node.writeback.flush()
-            node.mapping.l1, node.mapping.l1_offset = new_l1, new_offset
-            node.header.l1_size, node.header.l1_table_offset = entries, new_offset
-        node.header.size = node.size = size
-        node.rewrite_header()
-        node.file.flush()
-        if node.mapping.l1_offset != old_offset:
+        mapping = node.mapping
+        replaced = None
+        new_table = _write_longer_l1(node, entries) if entries > len(mapping.l1) else None
+        try:
+            if new_table is not None:
+                replaced = node.refcounts.l1_clusters
+                mapping.l1, mapping.l1_offset = new_table
+                node.header.l1_table_offset = mapping.l1_offset
+                clusters = geometry.l1_clusters_for(len(mapping.l1))
+                node.refcounts.l1_clusters = mapping.l1_offset >> geometry.cluster_bits, clusters
+            node.header.l1_size = max(node.header.l1_size, entries)  # the table in memory fills its clusters
+            _write_size(node, size)
+        except BaseException:
+            node.poison("changing the size of the disk was interrupted")
+            raise
+        if replaced is not None:
             with node.lock:
-                old_clusters = geometry.l1_clusters_for(len(old_l1))
-                node.writeback.freed.append((old_offset >> geometry.cluster_bits, old_clusters))
+                node.writeback.freed.append(replaced)
+
+
+def _write_longer_l1(node: Qcow2Node, entries: int) -> tuple[Table, int]:
+    """A copy of the L1 table with room for `entries` entries, durable and counted, and its host offset."""
+    geometry = node.geometry
+    clusters = geometry.l1_clusters_for(entries)
+    first, _n = node.retry(lambda: node.refcounts.allocate(clusters, exactly=True))
+    try:
+        old = node.mapping.l1
+        table = old + array("Q", bytes((clusters << geometry.cluster_bits) - len(old) * 8))
+        node.file.write(first << geometry.cluster_bits, (table_to_bytes(table),))
+        node.writeback.flush()
+    except BaseException:
+        node.retry(lambda: node.refcounts.release(first, clusters))
+        raise
+    return table, first << geometry.cluster_bits
+
+
+def _write_size(node: Qcow2Node, size: int) -> None:
+    node.header.size = node.size = size
+    node.rewrite_header()
+    node.writeback.barrier()
 
 
 def _shrink(node: Qcow2Node, size: int) -> None:
@@ -73,9 +99,11 @@ def _shrink(node: Qcow2Node, size: int) -> None:
         keep = geometry.round_up(size)
         forget_range(node, keep, geometry.round_up(node.size) - keep)
         node.writeback.flush()
-        node.header.size = node.size = size
-        node.rewrite_header()
-        node.file.flush()
+        try:
+            _write_size(node, size)
+        except BaseException:
+            node.poison("changing the size of the disk was interrupted")
+            raise
 
 
 def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> None:
@@ -87,21 +115,22 @@ def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> 
     end = geometry.round_up(end)
     while offset < end:
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
-        for first, n in node.retry(lambda offset=offset, stop=stop: _map_all(node, offset, stop)):  # type: ignore[misc]
+        runs: list[tuple[int, int]] = []  # outlives the attempts: what one of them has mapped, the next finds mapped
+        node.retry(lambda offset=offset, stop=stop, runs=runs: _map_all(node, offset, stop, runs))  # type: ignore[misc]
+        for first, n in runs:
             start = first << geometry.cluster_bits
             host_end = max(host_end, start + (n << geometry.cluster_bits))
             if start < file_end:  # space that was used before
                 node.file.write_zeroes(start, min(n << geometry.cluster_bits, file_end - start), unmap=False)
         offset = stop
-    if host_end > file_end:
+    if host_end > node.file.size:
         node.file.truncate(host_end, "off" if mode == "metadata" else mode)
     node.writeback.flush()
 
 
-def _map_all(node: Qcow2Node, offset: int, end: int) -> list[tuple[int, int]]:
-    """Link a fresh host cluster to every unmapped cluster of one L2 slice; the runs that were taken."""
+def _map_all(node: Qcow2Node, offset: int, end: int, runs: list[tuple[int, int]]) -> None:
+    """Link a fresh host cluster to every unmapped cluster of one L2 slice; adds the runs that were taken to `runs`."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
-    runs = []
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(offset)
     stop = index + ((end - offset) >> bits)
@@ -114,7 +143,6 @@ def _map_all(node: Qcow2Node, offset: int, end: int) -> list[tuple[int, int]]:
         mapping.link(slice_offset, table, index, first << bits, n)
         runs.append((first, n))
         index += n
-    return runs
 
 
 def _unmapped_run(table: Table, index: int, stop: int) -> int:

@@ -10,7 +10,6 @@ import sys
 from array import array
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from blocklib.errors import ImageCorruptError
 
 if TYPE_CHECKING:
     from blocklib.graph import Edge
@@ -47,30 +46,6 @@ def read_table(file: Edge, typecode: str, host_offset: int, length: int) -> Tabl
     buffer = bytearray(length)
     file.read(host_offset, memoryview(buffer))
     return table_from_bytes(typecode, buffer)
-
-
-def check_host_offset(
-    host_offset: int, file_size: int, cluster_mask: int, structure: str, *, entry: int, node: str | None
-) -> None:
-    """Raises ImageCorruptError unless `host_offset`, taken from `entry`, is a cluster inside the file."""
-    if host_offset & cluster_mask:
-        raise ImageCorruptError(
-            f"{node}: {structure} {entry:#x} points at {host_offset:#x}, which is not cluster aligned",
-            structure=structure,
-            host_offset=host_offset,
-            expected=f"a multiple of {cluster_mask + 1}",
-            found=f"{host_offset:#x}",
-            node=node,
-        )
-    if host_offset == 0 or host_offset >= file_size:
-        raise ImageCorruptError(
-            f"{node}: {structure} {entry:#x} points at {host_offset:#x}, outside the file",
-            structure=structure,
-            host_offset=host_offset,
-            expected=f"an offset above 0 and below {file_size}",
-            found=f"{host_offset:#x}",
-            node=node,
-        )
 
 
 def numpy_view(table: Table) -> Any:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from blocklib.errors import StorageError
-from blocklib.formats.qcow2.cache import DirtyRange, MissingTableError
+from blocklib.errors import BlocklibError
+from blocklib.formats.qcow2.cache import DirtyRange
 from blocklib.formats.qcow2.tables import table_to_bytes
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ _MAX_WAITING_CLUSTERS = 1 << 16
 
 
 class _Batch(NamedTuple):
-    """A copy of everything that one flush takes to the file."""
+    """A copy of everything that one flush takes to the file: what changes meanwhile is for the next."""
 
     blocks: list[DirtyRange]
-    table_entries: list[int]
-    table_moved: bool
+    table_offset: int
+    table_entries: list[tuple[int, int]]  # (index, entry)
+    moved_table: bytes | None  # all of it, where it lies in a new place
     new_slices: list[DirtyRange]
     slices: list[DirtyRange]
     l1_entries: list[tuple[int, int]]  # (index, entry)
@@ -43,6 +44,9 @@ class WriteBack:
         self._structure = threading.RLock()
         """Serialises flushes and whatever rewrites the header; may span I/O; taken before the image's lock."""
         self._begun = 0
+        self._succeeded = 0  # the number of the last flush, counted by _begun, that made everything durable
+        self._counted = 0
+        self._freed_clusters = 0  # in the first _counted runs of `freed`
         self.freed: list[tuple[int, int]] = []
         """Runs of host clusters that lost a reference since the last flush.  Guarded by the image's lock."""
         self._waiting: list[tuple[int, list[tuple[int, int]]]] = []
@@ -53,36 +57,62 @@ class WriteBack:
         return self._structure
 
     def flush(self) -> None:
-        """Make everything written so far durable.  A caller that waited for a flush begun after its call needs no other."""
+        """Make everything written so far durable.  A caller that waited for a flush begun after its call needs no other.
+
+        Raises StorageError, PoisonedError; ImageCorruptError when all is durable but freed clusters were not counted.
+        """
         asked = self._begun
         with self._structure:
-            if self._begun > asked:
+            if self._succeeded > asked:
                 return
-            self._begun += 1
-            self._node.check_usable()
-            self._write_back()
+            failure = self._write_back()
+        if failure is not None:
+            raise failure
 
     def relieve(self) -> None:
         """Flush if caches are crowded with changes or too many clusters wait to be free."""
+        if self._is_pressed():
+            with self._structure:
+                if not self._is_pressed():  # another thread's flush has relieved us too
+                    return
+                failure = self._write_back()
+            if failure is not None:
+                raise failure
+
+    def _is_pressed(self) -> bool:
         node = self._node
-        if (
-            node.mapping.cache.crowded
-            or node.refcounts.cache.crowded
-            or sum(n for _first, n in self.freed[-64:]) > _MAX_WAITING_CLUSTERS
-            or len(self.freed) > _MAX_WAITING_CLUSTERS
-        ):
-            self.flush()
+        if node.mapping.cache.crowded or node.refcounts.cache.crowded:
+            return True
+        if len(self.freed) > self._counted:
+            with node.lock:
+                self._freed_clusters += sum(n for _first, n in self.freed[self._counted :])
+                self._counted = len(self.freed)
+        return self._freed_clusters > _MAX_WAITING_CLUSTERS
 
     def finish(self) -> None:
         """Flush, and flush the counts of what that set free, until nothing is left to write.  No request is in flight."""
         with self._structure:
-            self.flush()
+            failure = self._write_back()
             while self._waiting or self.freed or self._node.refcounts.cache.dirty:
-                self.flush()
+                failure = self._write_back() or failure
+        if failure is not None:
+            raise failure
 
-    def _write_back(self) -> None:
+    def barrier(self) -> None:
+        """Make what was written to the file durable; a failure poisons the image."""
+        try:
+            self._node.file.flush()
+        except BlocklibError:
+            # The kernel reports a lost write once; no later success may pretend otherwise.
+            self._node.poison("a flush failed, and what was written before it may be lost")
+            raise
+
+    def _write_back(self) -> BlocklibError | None:
+        """One flush.  What goes wrong with giving clusters back costs only those clusters and is returned."""
         node = self._node
-        self._free_waiting()
+        node.check_usable()
+        self._begun += 1
+        failure = self._free_waiting()
         with node.lock:
             batch = self._take()
         try:
@@ -97,7 +127,8 @@ class WriteBack:
             if batch.freed:
                 epoch = node.tracker.next_epoch() if node.tracker is not None else 0
                 self._waiting.append((epoch, batch.freed))
-        self._free_waiting()
+        self._succeeded = self._begun
+        return self._free_waiting() or failure
 
     def _take(self) -> _Batch:
         mapping, refcounts = self._node.mapping, self._node.refcounts
@@ -106,16 +137,19 @@ class WriteBack:
         new_tables, mapping.new_tables = mapping.new_tables, {}
         l1_entries = [(index, mapping.l1[index]) for index in sorted(mapping.dirty_l1)]
         mapping.dirty_l1 = set()
-        table_moved, refcounts.table_moved = refcounts.table_moved, False
+        moved_table = table_to_bytes(refcounts.table) if refcounts.table_moved else None
+        refcounts.table_moved = False
         freed, self.freed = self.freed + refcounts.outgrown_tables, []
+        self._counted = self._freed_clusters = 0
         refcounts.outgrown_tables = []
-        table_entries = sorted(refcounts.dirty_table_entries)
+        table_entries = [(index, refcounts.table[index]) for index in sorted(refcounts.dirty_table_entries)]
         refcounts.dirty_table_entries = set()
         return _Batch(
             # After the L2 slices: a count is raised before the entry that relies on it is made.
             blocks=refcounts.cache.take_dirty(),
+            table_offset=refcounts.table_offset,
             table_entries=table_entries,
-            table_moved=table_moved,
+            moved_table=moved_table,
             new_slices=[entry for entry in dirty if entry.table_offset & cluster_mask in new_tables],
             slices=[entry for entry in dirty if entry.table_offset & cluster_mask not in new_tables],
             l1_entries=l1_entries,
@@ -129,62 +163,65 @@ class WriteBack:
         mapping.cache.put_back(batch.new_slices + batch.slices)
         mapping.new_tables = {**batch.new_tables, **mapping.new_tables}
         mapping.dirty_l1.update(index for index, _entry in batch.l1_entries)
-        refcounts.table_moved = refcounts.table_moved or batch.table_moved
-        refcounts.dirty_table_entries.update(batch.table_entries)
+        refcounts.table_moved = refcounts.table_moved or batch.moved_table is not None
+        refcounts.dirty_table_entries.update(index for index, _entry in batch.table_entries)
         self.freed = batch.freed + self.freed
+        self._counted = self._freed_clusters = 0
 
     def _write(self, batch: _Batch) -> None:
         node = self._node
         file = node.file
-        refcounts, mapping = node.refcounts, node.mapping
+        mapping = node.mapping
         for dirty in batch.blocks:
             file.write(dirty.host_offset, (dirty.data,))
         for dirty in batch.new_slices:
             file.write(dirty.host_offset, (dirty.data,))
-        if batch.table_moved:
-            file.write(refcounts.table_offset, (table_to_bytes(refcounts.table),))
-        self._barrier()
-        if batch.table_moved:
-            node.header.refcount_table_offset = refcounts.table_offset
-            node.header.refcount_table_clusters = len(refcounts.table) * 8 >> node.geometry.cluster_bits
+        if batch.moved_table is not None:
+            file.write(batch.table_offset, (batch.moved_table,))
+        self.barrier()
+        if batch.moved_table is not None:
+            node.header.refcount_table_offset = batch.table_offset
+            node.header.refcount_table_clusters = len(batch.moved_table) >> node.geometry.cluster_bits
             node.rewrite_header()
-            self._barrier()
+            self.barrier()
         elif batch.table_entries:
-            for index in batch.table_entries:
-                file.write(refcounts.table_offset + index * 8, (refcounts.table[index].to_bytes(8, "big"),))
-            self._barrier()
+            for index, entry in batch.table_entries:
+                file.write(batch.table_offset + index * 8, (entry.to_bytes(8, "big"),))
+            self.barrier()
         if not batch.slices and not batch.l1_entries:
             return
         for index, entry in batch.l1_entries:
             file.write(mapping.l1_offset + index * 8, (entry.to_bytes(8, "big"),))
         for dirty in batch.slices:
             file.write(dirty.host_offset, (dirty.data,))
-        self._barrier()
+        self.barrier()
 
-    def _barrier(self) -> None:
-        try:
-            self._node.file.flush()
-        except StorageError:
-            # The kernel reports a lost write once; no later success may pretend otherwise.
-            self._node.poison("a flush failed, and what was written before it may be lost")
-            raise
-
-    def _free_waiting(self) -> None:
-        """Give back what nobody can be reading any more."""
+    def _free_waiting(self) -> BlocklibError | None:
+        """Give back what nobody can be reading any more.  Returns the first failure: its clusters stay allocated."""
         node = self._node
+        failure = None
         while self._waiting:
             epoch, runs = self._waiting[0]
             if node.tracker is not None and not node.tracker.left(epoch):
-                return
+                break
+            while runs:
+                first, n = runs.pop()
+                try:
+                    self._give_back(first, n)
+                except BlocklibError as exc:
+                    failure = failure or exc
             del self._waiting[0]
-            for first, n in runs:
-                node.give_back(self._release(first, n))
+        return failure
 
-    def _release(self, first: int, n: int) -> list[tuple[int, int]]:
+    def _give_back(self, first: int, n: int) -> None:
+        """Lower the counts of a run, which must be nobody's any more before the host gets its space.
+
+        Nobody can allocate it before its counts fall, so it is punched before that: afterwards it may be somebody's again.
+        """
         node = self._node
-        while True:
-            try:
-                with node.lock:
-                    return node.refcounts.release(first, n)
-            except MissingTableError as missing:
-                missing.cache.load(missing.host_offset, node.lock)
+        try:
+            if node.punches_holes:
+                for start, length in node.retry(lambda: node.refcounts.sole_runs(first, n)):
+                    node.punch(start, length)
+        finally:
+            node.retry(lambda: node.refcounts.release(first, n))

@@ -85,6 +85,7 @@ def _each_slice(
 ) -> None:
     """Replace the L2 entries of a range by what `choose` makes of each, one L2 slice at a time."""
     node.check_usable()
+    node.check_writable()
     mapping = node.mapping
     slice_bytes = mapping.slice_entries << node.geometry.cluster_bits
     end = node.geometry.round_up(offset + length)
@@ -105,13 +106,14 @@ def _change(node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int]
     index = mapping.index_in_slice(offset)
     before = table[index : index + ((end - offset) >> bits)]
     after = _chosen(before, choose)
-    mapping.replace(slice_offset, table, index, after)
     lost = [
         old
         for old, new in zip(before, after, strict=True)
         if old & _REFERENCE and (old & layout.FLAG_COMPRESSED or not new & layout.OFFSET_MASK)
     ]
-    node.writeback.freed.extend(mapping.host_clusters_of(lost))
+    freed = mapping.host_clusters_of(lost)  # may raise: nothing has changed yet
+    mapping.replace(slice_offset, table, index, after)
+    node.writeback.freed.extend(freed)
 
 
 def _chosen(entries: Table, choose: Callable[[int], int]) -> Table:

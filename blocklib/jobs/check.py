@@ -1,0 +1,149 @@
+"""check and repair: is an image consistent, and what would make it so?  The work is the format's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, cast
+
+from blocklib import graph
+from blocklib.disk import Disk
+from blocklib.errors import ReadOnlyError
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.job import Job
+from blocklib.jobs.parts import part_of
+from blocklib.opening import open_metadata
+from blocklib.reports import CheckReport, RepairReport
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import Node
+    from blocklib.policy import Target
+
+RepairWhat: TypeAlias = Literal["leaks", "all"]
+
+
+def check(
+    target: Disk | Target,
+    *,
+    format: str | None = None,
+    force_share: bool = False,
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[CheckReport]:
+    """Follow every reference of an image and compare with what it counts; changes nothing.
+
+    Damage is what the report is for, and no error.  Opens no file but `target`.  Raises UnsupportedFeatureError for a
+    format that cannot be checked, or an image with features that we cannot count yet.
+    """
+    task = _Check(target, format, force_share)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+
+
+def repair(
+    target: Disk | Target,
+    what: RepairWhat,
+    *,
+    format: str | None = None,
+    dry_run: bool = False,
+    expect: RepairReport | None = None,
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[RepairReport]:
+    """Repair an image: its "leaks", or "all" that can be repaired without guessing.
+
+    With `dry_run` nothing changes, and the steps say what would be done.  With `expect`, the report of a dry run, exactly
+    that is done, or nothing (StalePlanError).  Raises what `check` does, ReadOnlyError, LockedError.
+    """
+    task = _Repair(target, what, format, dry_run, expect)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+
+
+@dataclass(eq=False)
+class _Check(Task[CheckReport]):
+    verb: ClassVar[str] = "check"
+
+    target: Disk | Target
+    format: str | None
+    force_share: bool
+
+    def run(self, control: Control) -> CheckReport:
+        with _at_rest(self.target, "r", self.format, force_share=self.force_share) as node:
+            report: CheckReport = part_of(node.driver, "check", verb="checked").check_image(
+                node.file, node.header, node.geometry, filename=_name(node), progress=_progress(control)
+            )
+        return report
+
+
+@dataclass(eq=False)
+class _Repair(Task[RepairReport]):
+    verb: ClassVar[str] = "repair"
+
+    target: Disk | Target
+    what: RepairWhat
+    format: str | None
+    dry_run: bool
+    expect: RepairReport | None
+
+    def run(self, control: Control) -> RepairReport:
+        with _at_rest(self.target, "r" if self.dry_run else "r+", self.format) as node:
+            repair_image = part_of(node.driver, "repair", verb="repaired").repair_image
+            try:
+                report: RepairReport = repair_image(
+                    node.file,
+                    node.header,
+                    node.geometry,
+                    self.what,
+                    filename=_name(node),
+                    dry_run=self.dry_run,
+                    expect=self.expect,
+                    progress=_progress(control),
+                )
+            finally:
+                if not self.dry_run:
+                    node.load()  # tables that it had read may have changed
+        return report
+
+
+@contextmanager
+def _at_rest(
+    target: Disk | Target, mode: Literal["r", "r+"], format: str | None, *, force_share: bool = False
+) -> Iterator[Qcow2Node]:
+    """The image of `target`, with no request inside and nothing of it only in memory."""
+    if not isinstance(target, Disk):
+        with open_metadata(target, mode, format=format, force_share=force_share) as disk:
+            yield _checkable(disk.node)
+        return
+    node = _checkable(target.node)
+    if mode == "r+" and node.read_only:
+        raise ReadOnlyError(f"{_name(node)}: opened for reading; mode 'r+' repairs", node=node.name)
+    with graph.drained(node):
+        if not node.metadata_only:
+            node.flush()
+        yield node
+
+
+def _checkable(node: Node) -> Qcow2Node:
+    part_of(node.driver, "check", verb="checked")
+    return cast("Qcow2Node", node)
+
+
+def _name(node: Node) -> str:
+    return node.filename or node.name
+
+
+def _progress(control: Control) -> Callable[[int, int], object]:
+    """What tells a job how far a check is; where it tells, the job may also pause or end."""
+    before = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal before
+        control.set_total(total)
+        control.advance(done - before)
+        before = done
+        control.pause_point()
+
+    return tell

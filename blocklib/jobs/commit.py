@@ -1,0 +1,152 @@
+"""commit: copy what an overlay holds down into an image of its backing chain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+from blocklib import graph
+from blocklib.errors import NameNotFoundError, UnsupportedFeatureError, UsageError
+from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.ends import opened, same_file
+from blocklib.jobs.job import Job
+from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above
+from blocklib.reports import CommitResult, NodeInfo
+from blocklib.requests import RequestTracker
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import Node
+    from blocklib.policy import References, Target
+
+
+def commit(
+    target: Disk | Target,
+    *,
+    base: NodeInfo | str | os.PathLike[str] | None = None,
+    empty: bool = True,
+    format: str | None = None,
+    references: References = "deny",
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[CommitResult]:
+    """Copy what `target` holds into its backing file, which is reopened writable for that and grows if it is shorter.
+
+    Afterwards `target` is emptied, unless `empty` is False: the backing file shows through with the same content.  With
+    `base`, an image further down the chain (of ``disk.chain()``, or a file name), everything above it goes there, and
+    nothing is emptied: images in between are no longer valid on their own, while `target` still is.
+
+    A `target` that is opened here needs `references` to open its chain.  Nobody else may write to the chain meanwhile.
+    When it is cancelled, part of the data is in both images and `target` reads as before.
+
+    Raises UsageError (no backing file), NameNotFoundError (`base` is not in the chain), LockedError, StorageError.
+    """
+    task = _Commit(target, base, empty and base is None, format, references)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+
+
+@dataclass(eq=False)
+class _Commit(Task[CommitResult]):
+    verb: ClassVar[str] = "commit"
+
+    target: Disk | Target
+    base: NodeInfo | str | os.PathLike[str] | None
+    empty: bool
+    format: str | None
+    references: References
+
+    def run(self, control: Control) -> CommitResult:
+        mode: Literal["r", "r+"] = "r+" if self.empty else "r"
+        with opened(self.target, mode, format=self.format, references=self.references) as top:
+            if self.empty and top.node.driver != "qcow2":
+                raise UnsupportedFeatureError(f"images of the format {top.node.driver} have no backing file")
+            base = _find_base(top, self.base)
+            node = next(node for node in graph.chain(top.node) if node.name == base.name)
+            control.set_total(top.size)
+            with _writable(top, node) as edge:
+                old_size = node.size
+                if old_size < top.size:
+                    with graph.drained(top.node, node):
+                        edge.truncate(top.size)
+                copy = BlockCopy(control, top, _Writer(edge))
+                runs = runs_above(top, 0, top.size, base, absent=SKIP, absent_zero=COMPARE)
+                copy.run(coalesced(_zeroed_below(runs, old_size)))
+                edge.flush()
+                if self.empty:
+                    with graph.drained(top.node):
+                        cast("Qcow2Node", top.node).make_empty()
+        return CommitResult(bytes_copied=copy.bytes_written, base=base.filename)
+
+
+def _find_base(top: Disk, base: NodeInfo | str | os.PathLike[str] | None) -> NodeInfo:
+    below = top.chain()[1:]
+    if not below:
+        raise UsageError(f"{top.node.filename or top.node.name}: the image has no backing file", node=top.node.name)
+    if base is None:
+        return below[0]
+    for image in below:
+        if image.name == base.name if isinstance(base, NodeInfo) else _is_file(image, os.fspath(base)):
+            return image
+    name = base.filename or base.name if isinstance(base, NodeInfo) else os.fspath(base)
+    raise NameNotFoundError(f"{name!r} is not in the backing chain of {top.node.filename or top.node.name}")
+
+
+def _is_file(image: NodeInfo, name: str) -> bool:
+    return image.filename == name or same_file(image.filename, name)
+
+
+def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:
+    """The same runs, where zeroes that the end of an image in between makes are written over what the base has there."""
+    for offset, length, what in runs:
+        if what != COMPARE:
+            yield offset, length, what
+            continue
+        inside = max(0, min(length, old_size - offset))
+        yield offset, inside, ZERO
+        yield offset + inside, length - inside, SKIP
+
+
+@contextmanager
+def _writable(top: Disk, base: Node) -> Iterator[graph.Edge]:
+    """An edge that may write and resize `base`, an image below `top`, for as long as the block lasts."""
+    was_read_only = base.read_only
+    wanted = graph.CONSISTENT_READ | graph.WRITE | graph.RESIZE
+    shared = graph.CONSISTENT_READ | graph.WRITE_UNCHANGED
+    with graph.drained(top.node, base), graph.Transaction() as change:
+        change.reopen(base, read_only=False)
+        edge = change.attach(None, "commit", base, wanted=wanted, shared=shared, tracker=RequestTracker())
+    try:
+        yield edge
+    finally:
+        with graph.drained(top.node, base), graph.Transaction() as change:
+            change.detach(edge)
+            change.reopen(base, read_only=was_read_only)
+
+
+class _Writer:
+    """A root edge as what a copy writes to."""
+
+    def __init__(self, edge: graph.Edge) -> None:
+        assert edge.tracker is not None
+        self._edge = edge
+        self._tracker = edge.tracker
+
+    def write(self, offset: int, data: memoryview, /) -> None:
+        self._tracker.enter()
+        try:
+            self._edge.write(offset, (data,))
+        finally:
+            self._tracker.leave()
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
+        self._tracker.enter()
+        try:
+            self._edge.write_zeroes(offset, length, unmap=unmap)
+        finally:
+            self._tracker.leave()

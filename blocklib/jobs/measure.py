@@ -1,0 +1,103 @@
+"""measure: how large would a new image become?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from blocklib.errors import OptionError, UsageError
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.ends import SECTOR, opened
+from blocklib.jobs.job import Job
+from blocklib.jobs.parts import part_of
+from blocklib.jobs.runs import COPY, Run, runs_of
+from blocklib.options import check_options
+from blocklib.reports import MeasureResult
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.formats.qcow2.geometry import Geometry, MeasuredSize
+    from blocklib.options import OptionValue
+    from blocklib.policy import Target
+
+
+def measure(
+    source: Disk | Target | None = None,
+    *,
+    size: int | None = None,
+    format: str,
+    options: Mapping[str, OptionValue] | None = None,
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[MeasureResult]:
+    """The bytes that an image of `format` with creation `options` takes: one converted from `source`, or new of `size` bytes.
+
+    Nothing but metadata of the source is read.  Raises UsageError, OptionError, UnsupportedFeatureError.
+    """
+    if (source is None) == (size is None):
+        raise UsageError("measure takes a source or a size")
+    if size is not None and size < 0:
+        raise UsageError(f"a size of {size} bytes")
+    given = {name: value for name, value in (options or {}).items() if name != "size"}
+    if format == "raw" and given.get("backing_file") is not None:
+        raise OptionError("a raw image has no backing file", option="backing_file", driver="raw")
+    task = _Measure(source, size or 0, format, check_options(format, given, table="create"))
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+
+
+@dataclass(eq=False)
+class _Measure(Task[MeasureResult]):
+    verb: ClassVar[str] = "measure"
+
+    source: Disk | Target | None
+    size: int
+    format: str
+    options: Mapping[str, Any]
+
+    def run(self, control: Control) -> MeasureResult:
+        if self.source is None:
+            return self._result(self.size, [])
+        with opened(self.source) as disk:
+            control.set_total(disk.size)
+            result = self._result(disk.size, _watched(control, runs_of(disk, 0, disk.size)))
+            if self.format == "qcow2" and self._has_bitmaps(disk):
+                return MeasureResult(result.required, result.fully_allocated, bitmaps=0)
+            return result
+
+    def _result(self, size: int, runs: Iterable[Run]) -> MeasureResult:
+        size = -(-size // SECTOR) * SECTOR
+        if self.format == "raw":
+            return MeasureResult(size, size)
+        geometry: Geometry = part_of(self.format, "create", verb="measured").header_for(size, self.options).geometry()
+        data = _clusters_with_data(runs, geometry.cluster_size) * geometry.cluster_size
+        if self.source is not None and self.options.get("backing_file") is not None:
+            data = size  # what of it the backing file has is not looked at, so there is room for all
+        measured: MeasuredSize = part_of(self.format, "geometry", verb="measured").measure_size(
+            geometry, size, data, preallocation=self.options["preallocation"]
+        )
+        return MeasureResult(measured.required, measured.fully_allocated)
+
+    def _has_bitmaps(self, disk: Disk) -> bool:
+        """Whether source and new image both could have bitmaps."""
+        return self.options["compat"] in ("1.1", "v3") and disk.node.format_specific().get("compat") == "1.1"
+
+
+def _watched(control: Control, runs: Iterable[Run]) -> Iterable[Run]:
+    """The same runs; between them the job may be paused or cancelled."""
+    for run in runs:
+        control.pause_point()
+        yield run
+        control.advance(run[1])
+
+
+def _clusters_with_data(runs: Iterable[Run], cluster_size: int) -> int:
+    """How many clusters hold any data, at the cluster size of the new image."""
+    clusters = counted = 0
+    for offset, length, what in runs:
+        if what == COPY:
+            first = max(offset // cluster_size, counted)
+            counted = -(-(offset + length) // cluster_size)
+            clusters += counted - first
+    return clusters

@@ -1,0 +1,461 @@
+"""One overlay under eight threads: nothing that was written is lost, nothing turns up where it was not written.
+
+Every sector that is written carries its number, so that bytes from the wrong cluster are recognised wherever they turn up.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import blocklib
+from blocklib import KiB, MiB, graph
+from blocklib.disk import Disk
+from blocklib.errors import ClosedError
+from tests.programs import Program
+from tests.property.chains import first_difference
+
+THREADS: Final = 8
+SECTOR: Final = 512
+PATIENCE: Final = 200.0
+"""Seconds after which threads that do not come to an end are called a deadlock."""
+BASE: Final = 255
+
+IMAGES: Final = (
+    pytest.param({"cluster_size": 64 * KiB}, None, id="64k"),
+    pytest.param({"cluster_size": 512, "refcount_bits": 64}, None, id="512-refcount64"),
+    pytest.param({"cluster_size": 4096, "compat": "0.10"}, None, id="4k-v2"),
+    pytest.param({"cluster_size": 1024, "refcount_bits": 1}, 1, id="1k-refcount1-tiny-cache"),
+    pytest.param({"cluster_size": 2 * MiB}, 4096, id="2M-small-cache"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _restless() -> Iterator[None]:
+    """Threads change places far more often than usual."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def run_together(*works: Callable[[], None]) -> None:
+    """Run each in a thread, all starting at once; raises what the first that failed raised."""
+    start = threading.Barrier(len(works))
+    failures: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        start.wait()
+        try:
+            work()
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a deadlock"
+    if failures:
+        raise failures[0]
+
+
+def stamp(thread: int, sequence: int, first_sector: int, n: int) -> bytes:
+    """`n` sectors that say who wrote them, when, and where they belong."""
+    return b"".join(
+        struct.pack("<QII", sector + 1, thread + 1, sequence) * (SECTOR // 16)
+        for sector in range(first_sector, first_sector + n)
+    )
+
+
+def make_overlay(folder: Path, size: int, options: dict[str, Any]) -> Path:
+    blocklib.create(folder / "base.raw", size, format="raw")
+    with blocklib.open(folder / "base.raw", "r+", format="raw") as disk:
+        disk.write(0, stamp(BASE, 0, 0, size // SECTOR))
+    top = folder / "top.qcow2"
+    blocklib.create(top, format="qcow2", backing="base.raw", backing_format="raw", options=options)
+    return top
+
+
+def open_overlay(path: Path, mode: Any = "r", l2_cache: int | None = None) -> Disk:
+    return blocklib.open(
+        path,
+        mode,
+        format="qcow2",
+        references="allow",
+        discard="unmap",
+        options={"l2-cache-size": l2_cache} if l2_cache is not None else {},
+    )
+
+
+def assert_clean(path: Path, content: bytes | bytearray, qemu_img: Program) -> None:
+    """It reads as `content`, by us and by QEMU, and is clean and free of leaks."""
+    qemu_img("check", "-q", path)
+    with open_overlay(path) as disk:
+        assert not first_difference(disk.read(0, disk.size), content)
+    copy = path.with_suffix(".converted")
+    qemu_img("convert", "-O", "raw", path, copy)
+    assert not first_difference(copy.read_bytes(), content)
+
+
+# -- ranges of their own ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Owner:
+    """A thread with a part of the disk to itself, which ends in clusters that the neighbours write too."""
+
+    disk: Disk
+    number: int
+    start: int
+    content: bytearray
+    cluster_size: int
+    discards_read_zero: bool
+    steps: int
+
+    def work(self) -> None:
+        choose = random.Random(self.number)
+        for step in range(self.steps):
+            offset, length = self._range(choose)
+            action = choose.randrange(10)
+            if action < 5:
+                first = (self.start + offset) // SECTOR
+                data = stamp(self.number, step, first, length // SECTOR + 2)
+                skip = self.start + offset - first * SECTOR
+                self._write(offset, data[skip : skip + length])
+            elif action < 7:
+                self.disk.write_zeroes(self.start + offset, length, unmap=choose.random() < 0.5)
+                self.content[offset : offset + length] = bytes(length)
+            elif action == 7:
+                self._discard(offset, length)
+            elif action == 8:
+                assert self.disk.read(self.start + offset, length) == self.content[offset : offset + length]
+            elif step % 5 == 0:
+                self.disk.flush()
+
+    def _range(self, choose: random.Random) -> tuple[int, int]:
+        offset = choose.randrange(len(self.content))
+        length = choose.choice((1, 511, 512, 4096, self.cluster_size, 2 * self.cluster_size + 7, 20 * self.cluster_size))
+        return offset, min(length, len(self.content) - offset, 300_000)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self.disk.write(self.start + offset, data)
+        self.content[offset : offset + len(data)] = data
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.disk.discard(self.start + offset, length)
+        first = -(-(self.start + offset) // self.cluster_size) * self.cluster_size
+        end = self.start + offset + length
+        if end != self.disk.size:
+            end = end // self.cluster_size * self.cluster_size
+        if self.discards_read_zero and first < end:
+            self.content[first - self.start : end - self.start] = bytes(end - first)
+
+
+@pytest.mark.parametrize(("options", "l2_cache"), IMAGES)
+def test_threads_in_ranges_of_their_own_do_not_disturb_each_other(
+    options: dict[str, Any], l2_cache: int | None, tmp_path: Path, qemu_img: Program
+) -> None:
+    cluster_size = options["cluster_size"]
+    part = min(5 * cluster_size, 512 * KiB) + 3 * SECTOR + 40 * KiB
+    path = make_overlay(tmp_path, THREADS * part, options)
+    with open_overlay(path, "r+", l2_cache) as disk:
+        owners = [
+            Owner(
+                disk,
+                number,
+                number * part,
+                bytearray(disk.read(number * part, part)),
+                cluster_size,
+                options.get("compat") != "0.10",
+                steps=120,
+            )
+            for number in range(THREADS)
+        ]
+        run_together(*(owner.work for owner in owners))
+        content = b"".join(owner.content for owner in owners)
+        assert not first_difference(disk.read(0, disk.size), content)
+    assert_clean(path, content, qemu_img)
+
+
+# -- the same ranges -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rival:
+    """A thread that writes where the others write, in whole sectors, and remembers its last word on each."""
+
+    disk: Disk
+    number: int
+    cluster_size: int
+    steps: int
+    last: dict[int, int] = field(default_factory=dict)
+    """Sector -> sequence number of the last write to it, or 0 for zeroes."""
+
+    def work(self) -> None:
+        choose = random.Random(self.number)
+        sectors = self.disk.size // SECTOR
+        for step in range(1, self.steps + 1):
+            first = choose.randrange(sectors)
+            n = min(choose.choice((1, 3, 8, 129, 400, self.cluster_size // SECTOR)), 600, sectors - first)
+            action = choose.randrange(10)
+            if action < 5:
+                self.disk.write(first * SECTOR, stamp(self.number, step, first, n))
+                self.last.update(dict.fromkeys(range(first, first + n), step))
+            elif action < 8:
+                self.disk.write_zeroes(first * SECTOR, n * SECTOR, unmap=choose.random() < 0.6)
+                self.last.update(dict.fromkeys(range(first, first + n), 0))
+            elif action == 8:
+                self._look(first, n)
+            elif step % 3 == 0:
+                self.disk.flush()
+
+    def _look(self, first: int, n: int) -> None:
+        """What is read may be half of one write and half of another, but it is never what belongs elsewhere."""
+        data = self.disk.read(first * SECTOR, n * SECTOR)
+        for i in range(n):
+            numbers = set(struct.unpack_from("<QQ" * (SECTOR // 16), data, i * SECTOR)[::2])
+            assert numbers <= {0, first + i + 1}
+
+
+@pytest.mark.parametrize(("options", "l2_cache"), IMAGES)
+def test_threads_in_the_same_ranges_leave_whole_sectors_of_one_of_them(
+    options: dict[str, Any], l2_cache: int | None, tmp_path: Path, qemu_img: Program
+) -> None:
+    cluster_size = options["cluster_size"]
+    size = max(3 * cluster_size, 256 * KiB) + 5 * SECTOR
+    path = make_overlay(tmp_path, size, options)
+    with open_overlay(path, "r+", l2_cache) as disk:
+        rivals = [Rival(disk, number, cluster_size, steps=120) for number in range(THREADS)]
+        run_together(*(rival.work for rival in rivals))
+        content = disk.read(0, size)
+    for sector in range(size // SECTOR):
+        found = content[sector * SECTOR : (sector + 1) * SECTOR]
+        words = {(rival.number, rival.last[sector]) for rival in rivals if sector in rival.last}
+        expected = {stamp(thread, step, sector, 1) if step else bytes(SECTOR) for thread, step in words}
+        assert found in (expected or {stamp(BASE, 0, sector, 1)}), sector
+    assert_clean(path, content, qemu_img)
+
+
+# -- one cluster -----------------------------------------------------------------------------------------------------------
+
+
+def _leave_alone(_path: Path, _size: int, _qemu_io: Program) -> None:
+    """The clusters are in the backing file only."""
+
+
+def _make_zero(path: Path, size: int, _qemu_io: Program) -> None:
+    with open_overlay(path, "r+") as disk:
+        disk.write_zeroes(0, size, unmap=True)
+
+
+def _make_zero_but_keep(path: Path, size: int, _qemu_io: Program) -> None:
+    with open_overlay(path, "r+") as disk:
+        disk.write(0, stamp(9, 9, 0, size // SECTOR))
+        disk.write_zeroes(0, size)
+
+
+def _compress(path: Path, size: int, qemu_io: Program) -> None:
+    qemu_io("-f", "qcow2", path, *(a for at in range(0, size, 65536) for a in ("-c", f"write -c -P 7 {at} 64k")))
+
+
+@pytest.mark.parametrize("prepare", [_leave_alone, _make_zero, _make_zero_but_keep, _compress])
+def test_threads_that_copy_one_cluster_for_different_sectors_lose_nothing(
+    prepare: Callable[[Path, int, Program], None], tmp_path: Path, qemu_img: Program, qemu_io: Program
+) -> None:
+    clusters, per_cluster = 24, 128
+    size = clusters * per_cluster * SECTOR
+    path = make_overlay(tmp_path, size, {"cluster_size": per_cluster * SECTOR})
+    prepare(path, size, qemu_io)
+    with open_overlay(path, "r+") as disk:
+        content = bytearray(disk.read(0, size))
+        turn = threading.Barrier(THREADS)
+
+        def write_own_sectors(number: int) -> None:
+            for cluster in range(clusters):
+                turn.wait(PATIENCE)
+                for sector in range(cluster * per_cluster + number, (cluster + 1) * per_cluster, 4 * THREADS):
+                    data = stamp(number, cluster, sector, 1)
+                    disk.write(sector * SECTOR, data)
+                    content[sector * SECTOR : (sector + 1) * SECTOR] = data
+
+        run_together(*(lambda number=number: write_own_sectors(number) for number in range(THREADS)))  # type: ignore[misc]
+        assert not first_difference(disk.read(0, size), content)
+    assert_clean(path, content, qemu_img)
+
+
+# -- what concerns the whole disk ------------------------------------------------------------------------------------------
+
+
+def _write_all_over(disk: Disk, number: int, first: int, n: int, content: bytearray) -> None:
+    """Write each of `n` sectors from `first` on, in an order of our own, some of them more than once."""
+    choose = random.Random(number)
+    sectors = list(range(first, first + n)) + choose.choices(range(first, first + n), k=n // 4)
+    choose.shuffle(sectors)
+    for sequence, sector in enumerate(sectors):
+        data = stamp(number, sequence, sector, 1)
+        disk.write(sector * SECTOR, data)
+        content[sector * SECTOR : (sector + 1) * SECTOR] = data
+
+
+@pytest.mark.parametrize(("options", "l2_cache"), IMAGES)
+def test_writers_beside_flushes_and_truncates_lose_nothing(
+    options: dict[str, Any], l2_cache: int | None, tmp_path: Path, qemu_img: Program
+) -> None:
+    n = 120
+    size = 6 * n * SECTOR
+    path = make_overlay(tmp_path, size, options)
+    with open_overlay(path, "r+", l2_cache) as disk:
+        content = bytearray(disk.read(0, size))
+
+        def flush() -> None:
+            for _ in range(60):
+                disk.flush()
+
+        def resize() -> None:
+            choose = random.Random(0)
+            for _ in range(30):
+                disk.truncate(size + choose.randrange(1, 4000) * SECTOR, shrink=True)
+                disk.write(disk.size - 1, b"x")
+            disk.truncate(size, shrink=True)
+
+        run_together(
+            flush,
+            resize,
+            *(
+                lambda number=number: _write_all_over(disk, number, number * n, n, content)  # type: ignore[misc]
+                for number in range(6)
+            ),
+        )
+        assert not first_difference(disk.read(0, size), content)
+    assert_clean(path, content, qemu_img)
+
+
+def test_truncates_from_several_threads_take_turns(tmp_path: Path, qemu_img: Program) -> None:
+    path = make_overlay(tmp_path, 64 * KiB, {"cluster_size": 512})
+    with open_overlay(path, "r+") as disk:
+
+        def resize(number: int) -> None:
+            choose = random.Random(number)
+            for _ in range(15):
+                disk.truncate(choose.randrange(1, 9000) * SECTOR, shrink=True)
+
+        run_together(*(lambda number=number: resize(number) for number in range(THREADS)))  # type: ignore[misc]
+        disk.truncate(1 * MiB)
+        disk.truncate(64 * KiB, shrink=True)
+        content = disk.read(0, 64 * KiB)
+    assert_clean(path, content, qemu_img)
+
+
+def test_new_tables_are_found_while_they_are_on_their_way_to_the_file(tmp_path: Path, qemu_img: Program) -> None:
+    """Zeroing makes L2 tables without data behind them: the file may still end before a table that is being flushed."""
+    tables = 480
+    reach = 64 * 512  # what one L2 table of 512 bytes maps
+    path = make_overlay(tmp_path, tables * reach, {"cluster_size": 512})
+    with open_overlay(path, "r+") as disk:
+        done = threading.Event()
+
+        def zero(number: int) -> None:
+            for table in range(number, tables, 4):
+                disk.write_zeroes(table * reach, 512)
+
+        def flush() -> None:
+            while not done.is_set():
+                disk.flush()
+
+        def look() -> None:
+            for table in [*range(tables)] * 3:
+                assert disk.read(table * reach + 512, 16) == stamp(BASE, 0, table * 64 + 1, 1)[:16]
+
+        def work() -> None:
+            try:
+                run_together(*(lambda number=number: zero(number) for number in range(4)), look, look)  # type: ignore[misc]
+            finally:
+                done.set()
+
+        run_together(work, flush)
+        content = disk.read(0, disk.size)
+    expected = bytearray(stamp(BASE, 0, 0, tables * 64))
+    for table in range(tables):
+        expected[table * reach : table * reach + 512] = bytes(512)
+    assert not first_difference(content, expected)
+    assert_clean(path, content, qemu_img)
+
+
+def test_nothing_reaches_the_file_while_a_disk_is_drained_under_load(tmp_path: Path, monkeypatch: Any, qemu_img: Program) -> None:
+    size = 6 * 200 * SECTOR
+    path = make_overlay(tmp_path, size, {"cluster_size": 4096})
+    with open_overlay(path, "r+") as disk:
+        content = bytearray(disk.read(0, size))
+        file = disk.node.children["file"].node
+        quiet = threading.Event()
+        seen: list[str] = []
+
+        def watched(name: str, method: Callable[..., None]) -> Callable[..., None]:
+            def call(offset: int, views: Sequence[memoryview]) -> None:
+                if quiet.is_set():
+                    seen.append(name)
+                method(offset, views)
+                if quiet.is_set():
+                    seen.append(name)
+
+            return call
+
+        monkeypatch.setattr(file, "preadv", watched("preadv", file.preadv))
+        monkeypatch.setattr(file, "pwritev", watched("pwritev", file.pwritev))
+
+        def drain() -> None:
+            for _ in range(40):
+                with graph.drained(disk.node):
+                    quiet.set()
+                    for _ in range(200):
+                        assert not seen
+                    quiet.clear()
+
+        run_together(
+            drain,
+            *(
+                lambda number=number: _write_all_over(disk, number, number * 200, 200, content)  # type: ignore[misc]
+                for number in range(6)
+            ),
+        )
+        assert not seen
+    assert_clean(path, content, qemu_img)
+
+
+def test_closing_under_load_keeps_every_write_that_returned(tmp_path: Path, qemu_img: Program) -> None:
+    per_thread = 4000
+    size = THREADS * per_thread * SECTOR
+    path = make_overlay(tmp_path, size, {"cluster_size": 4096})
+    disk = open_overlay(path, "r+")
+    content = bytearray(disk.read(0, size))
+    under_way = threading.Semaphore(0)
+
+    def write(number: int) -> None:
+        for sequence in range(per_thread):
+            sector = number + sequence * THREADS
+            data = stamp(number, sequence, sector, 1)
+            if sequence == 50:
+                under_way.release()
+            try:
+                disk.write(sector * SECTOR, data)
+            except ClosedError:
+                return
+            content[sector * SECTOR : (sector + 1) * SECTOR] = data
+
+    def close() -> None:
+        for _ in range(THREADS):
+            under_way.acquire(timeout=PATIENCE)
+        disk.close()
+
+    run_together(close, close, *(lambda number=number: write(number) for number in range(THREADS)))  # type: ignore[misc]
+    assert_clean(path, content, qemu_img)
