@@ -44,9 +44,11 @@ from blocklib.sizes import GiB, KiB, MiB, TiB, format_size, parse_size
 
 if TYPE_CHECKING:
     from blocklib import jobs, policy
+    from blocklib.creating import create
     from blocklib.disk import Disk
     from blocklib.diskfile import DiskFile
     from blocklib.extents import EXTENT_DTYPE, RANGE_DTYPE, Extent
+    from blocklib.opening import info, open
     from blocklib.options import describe_options, parse_options
     from blocklib.policy import Limits, Reference
     from blocklib.reports import (
@@ -64,8 +66,6 @@ if TYPE_CHECKING:
         RepairStep,
         SnapshotInfo,
     )
-    from blocklib.creating import create
-    from blocklib.opening import info, open
     from blocklib.verbs import check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import threading
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -50,24 +50,32 @@ def pieces_of(views: Sequence[memoryview | bytes | bytearray]) -> int:
 
 
 class AlignedPool:
-    """Page-aligned buffers of PIECE bytes, reused because making one costs a system call and page faults."""
+    """Page-aligned buffers of PIECE bytes, reused because making one costs a system call and page faults.
 
-    __slots__ = ("_free", "_lock")
+    Without a lock, which a thread could hold for ever in the child of a fork: `pop` and `append` are atomic.
+    """
+
+    __slots__ = ("_free",)
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._free: list[memoryview] = []
 
     def take(self) -> memoryview:
-        with self._lock:
-            if self._free:
-                return self._free.pop()
-        return memoryview(mmap.mmap(-1, PIECE))
+        try:
+            return self._free.pop()
+        except IndexError:
+            return memoryview(_anonymous_map())
 
     def give(self, buffer: memoryview) -> None:
-        with self._lock:
-            if len(self._free) < 16:
-                self._free.append(buffer)
+        if len(self._free) < 16:
+            self._free.append(buffer)
+
+
+def _anonymous_map() -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, PIECE)
+    # Python's default is shared with the child of a fork, which has the same buffers in its pool.
+    return mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 aligned_pool: Final = AlignedPool()

@@ -15,14 +15,11 @@ from blocklib.errors import (
     UnsupportedFeatureError,
     UsageError,
 )
-from blocklib.node import Node
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
 from blocklib.opening import image_info, open_disk
 from blocklib.options import OptionValue, check_options, nest
 from blocklib.policy import PlainPath, Target, resolve_backing_name
 from blocklib.reports import ImageInfo
-
-RAW_UNIT = 512
-"""The size of a disk is a multiple of this."""
 
 
 def create(
@@ -132,28 +129,18 @@ def _claim(path: str, *, overwrite: bool) -> bool:
 
 
 def _fill(path: str, format: str, typed: Mapping[str, Any], *, empty_first: bool) -> None:
-    header = None
-    if format == "qcow2":
-        from blocklib.formats.qcow2.create import header_for
-
-        header = header_for(typed["size"], typed)  # refuses what makes no sense before the file is touched
+    make = drivers.load(format).image_maker(typed)  # refuses what makes no sense before the file is touched
     with _OpenFile(path) as root:
-        file = root.edge
-        if empty_first and not file.node.is_device:
-            file.truncate(0)
-        if header is None:
-            file.truncate(-(-typed["size"] // RAW_UNIT) * RAW_UNIT, typed["preallocation"])
-            file.flush()
-        else:
-            from blocklib.formats.qcow2.create import write_empty_image
-
-            write_empty_image(file, header)
-    if header is not None and typed["preallocation"] != "off":
-        _preallocate(path, typed)
+        if empty_first and not root.edge.node.is_device:
+            root.edge.truncate(0)
+        make(root.edge)
+    if typed["preallocation"] != "off" and format != "raw":
+        with open_disk(PlainPath(path), "r+", format=format) as disk:
+            disk.node.preallocate(typed["preallocation"])
 
 
 class _OpenFile:
-    """A plain file as an edge of our own, for as long as the block lasts; nobody else may write it meanwhile."""
+    """A plain file as an edge of our own, for as long as the block lasts; nobody else may even read it, since it is emptied first."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -162,10 +149,10 @@ class _OpenFile:
         options = check_options("file", {"filename": self._path})
         node: Node = drivers.load("file").from_options(options, read_only=False)
         node.load()
-        wanted = graph.CONSISTENT_READ | graph.WRITE | graph.RESIZE
+        wanted = CONSISTENT_READ | WRITE | RESIZE
         try:
             with graph.Transaction() as change:
-                self.edge = change.attach(None, "create", node, wanted=wanted, shared=graph.CONSISTENT_READ)
+                self.edge = change.attach(None, "create", node, wanted=wanted, shared=0)
         except BlocklibError:
             graph.close_tree(node, abandon=True)
             raise
@@ -175,12 +162,3 @@ class _OpenFile:
         with graph.Transaction() as change:
             change.detach(self.edge)
 
-
-def _preallocate(path: str, typed: Mapping[str, Any]) -> None:
-    from blocklib.formats.qcow2.node import Qcow2Node
-    from blocklib.formats.qcow2.resize import preallocate
-
-    with open_disk(PlainPath(path), "r+", format="qcow2") as disk:
-        node = disk.node
-        assert isinstance(node, Qcow2Node)
-        preallocate(node, 0, node.size, typed["preallocation"])

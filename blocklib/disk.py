@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE
 from blocklib.policy import References, resolve_backing_name
 from blocklib.reports import ImageInfo, NodeInfo
 from blocklib.requests import CLOSED, FORKED, FORKED_TEXT, RequestTracker
@@ -47,7 +48,7 @@ class Disk:
         self._references = references
         self._opened_at = _caller()
         self._root: graph.Edge | None = None
-        wanted = graph.CONSISTENT_READ | (graph.WRITE | graph.RESIZE if self._writable else 0)
+        wanted = CONSISTENT_READ | (WRITE | RESIZE if self._writable else 0)
         with graph.Transaction() as change:
             root = change.attach(None, "root", node, wanted=wanted, shared=graph.ALL, tracker=self._tracker)
         self._root = root  # only now: a disk that failed to open has nothing to close
@@ -186,7 +187,7 @@ class Disk:
         """Change the virtual size to `size` bytes; new bytes read as zero.  Shrinking loses data and needs ``shrink=True``."""
         if size < 0:
             raise OutOfRangeError(f"a size of {size} bytes")
-        with graph.drained(self.node):
+        with graph.drained(self.node), self.node.resizing:
             node = self._checked_for_write(0, 0)
             if size < node.size and not shrink:
                 raise UsageError(f"{size} bytes is less than the {node.size} there are: shrinking needs shrink=True")
@@ -250,7 +251,9 @@ class Disk:
         if self._tracker.flags & FORKED:  # nothing here is ours to touch
             self._root = None
             return
-        with graph.drained(root.node):
+        with graph.drained(root.node), graph.lock:
+            if self._root is not root:  # another thread has closed it meanwhile
+                return
             self._tracker.refuse(CLOSED)
             self._root = None
         with graph.Transaction() as change:
@@ -346,7 +349,16 @@ def _bytes_view(buffer: Buffer) -> memoryview:
         return view
     if not view.c_contiguous:
         raise UsageError("a buffer must be contiguous")
-    return view.cast("B")
+    if not view.nbytes:
+        return memoryview(bytearray())
+    try:
+        return view.cast("B")
+    except ValueError:  # its items have a format that memoryview does not know: numpy's other byte order, records
+        if view.readonly:
+            return memoryview(view.tobytes())
+        import ctypes
+
+        return memoryview((ctypes.c_char * view.nbytes).from_buffer(view)).cast("B")
 
 
 def _caller() -> str:

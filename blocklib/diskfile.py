@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from blocklib.errors import OutOfRangeError, UsageError
+from blocklib.errors import ClosedError, OutOfRangeError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -57,16 +57,19 @@ class DiskFile(io.RawIOBase):
         return n
 
     def write(self, data: Buffer) -> int:
-        """Write as much of `data` as lies before the end of the file.  Raises OutOfRangeError at the end."""
+        """Write all of `data`; the number of bytes.  Raises OutOfRangeError, with nothing written, for more than fits."""
         self._check_open()
         if not self._writable:
             raise io.UnsupportedOperation("the disk was opened for reading")
         view = memoryview(data).cast("B")
-        n = max(0, min(len(view), self._length - self._position))
-        if n == 0 and len(view):
-            raise OutOfRangeError(f"position {self._position} is at the end of the file, which cannot grow")
+        n = len(view)
+        # Never in part, as a raw file may: who writes an archive does not look at the number of bytes.
+        if n > max(0, self._length - self._position):
+            raise OutOfRangeError(
+                f"{n} bytes at position {self._position} reach past the end of the file, {self._length}, and it cannot grow"
+            )
         if n:
-            self._disk.write(self._offset + self._position, view[:n])
+            self._disk.write(self._offset + self._position, view)
             self._position += n
         return n
 
@@ -75,4 +78,4 @@ class DiskFile(io.RawIOBase):
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ValueError("I/O operation on a closed file")
+            raise ClosedError("the file is closed")

@@ -13,18 +13,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from blocklib import plan
+from blocklib.buffers import pieces_of, zero_fill
 from blocklib.errors import GraphConflictError
-from blocklib.node import Node, PendingChange, Preallocation
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Node, PendingChange, Preallocation
 
 if TYPE_CHECKING:
     from blocklib.requests import RequestTracker
 
-CONSISTENT_READ: Final = 0x1
-"""What is read is a state that the users of the node meant."""
-WRITE: Final = 0x2
-WRITE_UNCHANGED: Final = 0x4
-"""Writes that change no guest-visible byte (copy-on-read, stream)."""
-RESIZE: Final = 0x8
 ALL: Final = 0xF
 
 PERMISSION_NAMES: Final = {
@@ -86,6 +81,10 @@ class Edge:
         """Fill `view` from child `offset`; past the child's end it reads as zero."""
         node = self.node
         if not node.is_leaf:
+            inside = max(0, node.size - offset)
+            if inside < len(view):
+                zero_fill(view[inside:])
+                view = view[:inside]
             plan.read(node, offset, view)
         elif node.request_alignment == 1:
             node.preadv(offset, (view,))
@@ -93,9 +92,11 @@ class Edge:
             plan.read_padded(node, offset, view)
 
     def write(self, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
-        """Write all of `views`, one after the other, at child `offset`."""
+        """Write all of `views`, one after the other, at child `offset`.  Past the end, the child grows or raises ENOSPC."""
         node = self.node
         if not node.is_leaf:
+            if offset + pieces_of(views) > node.size:
+                node.grow_to(offset + pieces_of(views))
             for view in views:
                 data = memoryview(view)
                 plan.write(node, offset, data)
@@ -106,7 +107,9 @@ class Edge:
             plan.write_padded(node, offset, views)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Make the range read as zero.  Past the end of a leaf, the leaf grows."""
+        """Make the range read as zero.  Past the end, the child grows or raises StorageError (ENOSPC)."""
+        if not self.node.is_leaf and offset + length > self.node.size:
+            self.node.grow_to(offset + length)
         plan.write_zeroes(self.node, offset, length, unmap=unmap)
 
     def discard(self, offset: int, length: int) -> None:
@@ -271,6 +274,8 @@ def close_tree(node: Node, *, abandon: bool = False) -> None:
     try:
         if abandon or node.poisoned is not None:
             node.abandon()
+            if not abandon:
+                node.check_usable()  # raises: what was not flushed is lost
         else:
             node.close()
     except Exception as exc:

@@ -7,11 +7,13 @@ size; a node keeps no buffer after it returns, never touches the nodes above it 
 
 from __future__ import annotations
 
+import errno
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
-from blocklib.errors import PoisonedError, ReadOnlyError, UsageError
+from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UsageError
 from blocklib.requests import RangeLock
 
 if TYPE_CHECKING:
@@ -23,6 +25,13 @@ DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
 Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
 
 _anonymous = itertools.count()
+
+CONSISTENT_READ: Final = 0x1
+"""Permission: what is read is a state that the users of the node meant."""
+WRITE: Final = 0x2
+WRITE_UNCHANGED: Final = 0x4
+"""Permission for writes that change no guest-visible byte (copy-on-read, stream)."""
+RESIZE: Final = 0x8
 
 
 class NamedReference(NamedTuple):
@@ -78,7 +87,7 @@ class PendingChange:
 
 
 class Node:
-    """The driver contract.  Offsets and lengths are bytes; `offset` is an offset of this node, `child_offset` one of a child."""
+    """The driver contract.  Offsets and lengths are bytes; `offset` is one of this node, `child_offset` one of a child."""
 
     driver: ClassVar[str]
     """The name of the driver, in QEMU's spelling."""
@@ -105,6 +114,8 @@ class Node:
         self.discard_passes = False
         self.tracker: RequestTracker | None = None
         self.write_ranges = RangeLock()
+        self.resizing = threading.Lock()
+        """Held by who changes the size: drains nest, so that two threads may have drained the node."""
         self.poisoned: str | None = None
 
     def __repr__(self) -> str:
@@ -114,6 +125,19 @@ class Node:
     def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Self:
         """A node made from checked options (dotted names, see `blocklib.options`); opens nothing yet."""
         raise UsageError(f"{cls.driver}: not made from options")
+
+    # -- making an image ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def image_maker(cls, options: Mapping[str, Any]) -> Callable[[Edge], None]:
+        """What writes a new image into an empty file, durable on return.  `options` are checked creation options.
+
+        Raises OptionError, before any file is touched, for options that contradict each other or the format.
+        """
+        raise UsageError(f"{cls.driver}: images of this format cannot be created")
+
+    def preallocate(self, preallocation: Preallocation) -> None:
+        """Give the whole of a new, empty image its space."""
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -172,7 +196,7 @@ class Node:
         raise UsageError(f"{self.driver}: nothing to resolve")
 
     def resolve_table(self, offset: int, length: int) -> RunTable:
-        """The same answer for a whole range: rows of RUN_DTYPE, ascending, contiguous, coalesced, covering exactly the range."""
+        """The same answer for a whole range: rows of RUN_DTYPE, ascending, contiguous, coalesced, no more and no less."""
         import numpy as np
 
         from blocklib import extents
@@ -188,8 +212,11 @@ class Node:
     def ask_for_holes(self) -> None:
         """Called before block status is reported: find out once whether data may be holes in the child."""
 
-    def read_special(self, offset: int, view: memoryview) -> None:
-        """Fill `view` from a run that resolved to KIND_SPECIAL (not longer than that run)."""
+    def read_special(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` from a run that resolved to KIND_SPECIAL (not longer than that run).
+
+        False when a writer has changed the run meanwhile: it must be resolved again.
+        """
         raise UsageError(f"{self.driver}: nothing here needs decoding")
 
     def data_edge(self) -> Edge | None:
@@ -209,6 +236,18 @@ class Node:
         """Write `data` to a run that `prepare_write` gave no child for (not longer than that run)."""
         raise UsageError(f"{self.driver}: nothing here needs encoding")
 
+    def grow_to(self, end: int) -> None:
+        """A node above is about to write up to `end`, past the size of this node, which no leaf is.
+
+        Raises StorageError (ENOSPC) where the size is fixed by more than the length of a file.
+        """
+        raise StorageError(
+            f"{self.filename or self.name}: {end} bytes do not fit the disk of {self.size}",
+            errno=errno.ENOSPC,
+            operation="write",
+            node=self.name,
+        )
+
     def zero_part(self, offset: int, length: int) -> bool:
         """Make part of one zeroing unit read as zero without writing bytes; False where bytes must be written."""
         return False
@@ -218,7 +257,7 @@ class Node:
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
 
     def discard_range(self, offset: int, length: int) -> None:
-        """The caller no longer needs the range, aligned to `zero_alignment`: what it reads as afterwards is the driver's choice."""
+        """The caller no longer needs the range, aligned to `zero_alignment`; the driver chooses what it reads as now."""
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
 
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:

@@ -51,8 +51,8 @@ def _read(node: Node, offset: int, view: memoryview) -> None:
             zero_fill(part)
         elif kind == KIND_BACKING:
             _read_backing(node, offset + done, part)
-        else:
-            node.read_special(offset + done, part)
+        elif not node.read_special(offset + done, part):
+            continue
         done += n
 
 

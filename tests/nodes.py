@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from blocklib.graph import ALL, CONSISTENT_READ, Edge, Transaction
-from blocklib.node import Node
+from blocklib.graph import ALL, Edge, Transaction
+from blocklib.node import CONSISTENT_READ, Node
 from tests.programs import find_program
 
 

@@ -43,6 +43,8 @@ SYNTAX = Syntax(
     ),
 )
 
+_SECTOR = 512
+"""qemu-img names the sector of the first difference, not its byte."""
 _EXIT_DIFFERENT = 1
 _EXIT_NOT_OPENED = 2
 _EXIT_NO_STATUS = 3
@@ -98,4 +100,5 @@ def verdict(result: CompareResult) -> list[str]:
     lines = ["Warning: Image size mismatch!"] if result.size_mismatch and (result.identical or result.beyond_end) else []
     if result.identical:
         return [*lines, "Images are identical."]
-    return [*lines, f"Content mismatch at offset {result.offset}!"]
+    sector = (result.offset or 0) // _SECTOR * _SECTOR
+    return [*lines, f"Content mismatch at offset {sector}!"]

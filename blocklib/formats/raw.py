@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from blocklib.buffers import zeroes
 from blocklib.errors import OptionError, ReadOnlyError, UsageError
 from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RAW, KIND_DATA, Run
-from blocklib.node import Node, Preallocation, WriteRun
+from blocklib.node import RESIZE, Node, Preallocation, WriteRun
 
 if TYPE_CHECKING:
     from blocklib.graph import Edge
 
 _SECTOR: Final = 512
-_RESIZE: Final = 0x8  # graph.RESIZE, which lies above this room
 
 
 class RawNode(Node):
@@ -55,6 +54,14 @@ class RawNode(Node):
             **extra,
         )
 
+    @classmethod
+    def image_maker(cls, options: Mapping[str, Any]) -> Callable[[Edge], None]:
+        def make(file: Edge) -> None:
+            file.truncate(-(-options["size"] // _SECTOR) * _SECTOR, options["preallocation"])
+            file.flush()
+
+        return make
+
     @property
     def _file(self) -> Edge:
         return self.children["file"]
@@ -85,13 +92,20 @@ class RawNode(Node):
     def child_permissions(self, child_name: str, wanted: int, shared: int, *, read_only: bool) -> tuple[int, int]:
         """What our users want and share; nobody else may resize a file that we show a window of."""
         if self.offset or self._window is not None:
-            shared &= ~_RESIZE
+            shared &= ~RESIZE
         return wanted, shared
 
     def resolve(self, offset: int, length: int) -> Run:
         return KIND_DATA, self._file, self.offset + offset, length, FLAG_RAW | FLAG_OFFSET_VALID
 
     # -- changing -----------------------------------------------------------------------------------------------------
+
+    def grow_to(self, end: int) -> None:
+        """The file grows with the write.  Raises StorageError where a window of fixed size, or a device, ends before."""
+        if self._window is not None or self._file.node.is_device:
+            super().grow_to(end)
+        with self.resizing:
+            self.size = max(self.size, -(-end // _SECTOR) * _SECTOR)
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:
         if self.guessed and offset < _SECTOR:

@@ -15,6 +15,7 @@ from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened, same_file
 from blocklib.jobs.job import Job
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blocklib.reports import CommitResult, NodeInfo
 from blocklib.requests import RequestTracker
 
@@ -116,8 +117,8 @@ def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:
 def _writable(top: Disk, base: Node) -> Iterator[graph.Edge]:
     """An edge that may write and resize `base`, an image below `top`, for as long as the block lasts."""
     was_read_only = base.read_only
-    wanted = graph.CONSISTENT_READ | graph.WRITE | graph.RESIZE
-    shared = graph.CONSISTENT_READ | graph.WRITE_UNCHANGED
+    wanted = CONSISTENT_READ | WRITE | RESIZE
+    shared = CONSISTENT_READ | WRITE_UNCHANGED
     with graph.drained(top.node, base), graph.Transaction() as change:
         change.reopen(base, read_only=False)
         edge = change.attach(None, "commit", base, wanted=wanted, shared=shared, tracker=RequestTracker())

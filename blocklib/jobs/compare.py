@@ -123,5 +123,6 @@ def _status_mismatch(a: Disk, b: Disk) -> int | None:
 
 def _statuses(disk: Disk) -> Iterator[Run]:
     for extent in disk.extents():
-        said = extent.data | extent.zero << 1 | extent.present << 2 | extent.compressed << 3
+        has_place = extent.host_offset is not None
+        said = extent.data | extent.zero << 1 | extent.present << 2 | extent.compressed << 3 | has_place << 4
         yield extent.offset, extent.length, said

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import blocklib
 from blocklib.disk import Disk
-from blocklib.graph import ALL, CONSISTENT_READ, RESIZE, WRITE, Transaction
-from blocklib.node import Node
+from blocklib.graph import ALL, Transaction
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
 from tests.crash.recording import SECTOR, RecordingNode
 
 ZERO = 0

@@ -11,7 +11,8 @@ import pytest
 
 from blocklib.errors import LockedError
 from blocklib.formats.raw import RawNode
-from blocklib.graph import ALL, CONSISTENT_READ, RESIZE, WRITE
+from blocklib.graph import ALL
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE
 from blocklib.protocols.file import FileNode
 from tests.nodes import attached, locked_bytes, used
 from tests.programs import Program

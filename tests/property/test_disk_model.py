@@ -10,20 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import pytest
-from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import blocklib
 from tests.programs import Program, find_program
 from tests.property.chains import (
-    SECTOR,
     CacheMode,
-    Change,
     ChainImage,
+    Change,
     ImageSpec,
     Place,
     build_chain,

@@ -69,7 +69,7 @@ def assert_only_above(whole: list[Extent], above: list[Extent], base_depth: int)
     for extent in above:
         for part in clipped(whole, extent.offset, extent.length):
             mine = clipped([extent], part.offset, part.length)[0]
-            if extent.present or part.depth < base_depth and part.present:
+            if extent.present or (part.depth < base_depth and part.present):
                 assert mine == part
             else:
                 assert not extent.data

@@ -6,8 +6,8 @@ import pytest
 
 from blocklib import graph
 from blocklib.errors import GraphConflictError
-from blocklib.graph import ALL, CONSISTENT_READ, RESIZE, WRITE, Transaction
-from blocklib.node import Node, PendingChange
+from blocklib.graph import ALL, Transaction
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node, PendingChange
 from blocklib.requests import RequestTracker
 
 

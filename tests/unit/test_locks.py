@@ -16,7 +16,8 @@ import pytest
 
 from blocklib import graph
 from blocklib.errors import LockedError, StorageError
-from blocklib.graph import ALL, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Transaction
+from blocklib.graph import ALL, Transaction
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blocklib.protocols import locks
 from blocklib.protocols.file import FileNode
 from tests.nodes import descriptors_of, locked_bytes, used

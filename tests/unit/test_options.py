@@ -462,7 +462,8 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
         ("open", "data-file.driver", "file", "data-file"),
         ("open", "data-file", "node0", "data-file"),
         ("open", "snapshot.name", "monday", "snapshot"),
-        ("open", "overlap-check", "none", "overlap-check"),
+        ("open", "overlap-check", "all", "overlap-check"),
+        ("open", "cache-clean-interval", 60, "cache-clean-interval"),
         ("open", "overlap-check.template", "all", "overlap-check"),
     ],
 )

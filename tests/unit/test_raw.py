@@ -12,7 +12,8 @@ from blocklib.disk import Disk
 from blocklib.errors import OptionError, ReadOnlyError, UsageError
 from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RAW, KIND_DATA
 from blocklib.formats.raw import RawNode
-from blocklib.graph import ALL, CONSISTENT_READ, RESIZE, WRITE
+from blocklib.graph import ALL
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE
 from blocklib.probe import probe
 from blocklib.protocols.file import FileNode
 from blocklib.protocols.memory import MemoryNode

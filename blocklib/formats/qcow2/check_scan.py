@@ -272,8 +272,8 @@ class Scan:
     def _find_overflows(self) -> None:
         """More references than a refcount of this width can say: each one too many is a corruption."""
         most = self.geometry.max_refcount
-        places = np.flatnonzero(self.counts > most) if most <= np.iinfo(self.counts.dtype).max else self.shared
-        if places.size:
+        if self.counts.max() > most:  # looked at first: the array of answers would have an element for every cluster
+            places = np.flatnonzero(self.counts > most)
             excess = int((self.counts[places] - self.counts.dtype.type(most)).sum(dtype=np.uint64))
 
             def describe(place: int) -> Finding:

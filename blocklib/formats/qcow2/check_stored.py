@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import BoolArray, CountArray, U64Array, count_type, unpack_refcounts
+from blocklib.formats.qcow2.check_counts import BoolArray, CountArray, IndexArray, U64Array, count_type, unpack_refcounts
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -23,7 +23,8 @@ MAX_FILE_OFFSET: Final = 1 << 63
 """File offsets are signed: no host offset from here on can be read."""
 _MAX_CLUSTERS: Final = 1 << 32
 """Host clusters that a check takes on: 16 GiB of counts.  A sparse file can claim any length."""
-_BLOCKS_KEPT: Final = 256
+_BITS_KEPT: Final = 64 << 20
+"""Bytes spent on the counts of clusters past the end of the file."""
 
 
 class ImageFile(Protocol):
@@ -61,10 +62,10 @@ class StoredRefcounts:
                 found=str(n_clusters),
             )
         self._file = file
-        self._file_size = file.size
+        self.file_size = file.size
         self._geometry = geometry
         n_entries = geometry.refcount_table_entries(header.refcount_table_clusters)
-        self.table = read_entries(file, header.refcount_table_offset, n_entries, self._file_size)
+        self.table = read_entries(file, header.refcount_table_offset, n_entries, self.file_size)
         """Every entry of the refcount table that lies inside the file."""
         self.counts = np.zeros(n_clusters, dtype=count_type(geometry.refcount_order))
         """Shape (n_clusters,): the stored count of each cluster of the file; 0 where it is unknown."""
@@ -74,7 +75,7 @@ class StoredRefcounts:
         """For each entry: its block cannot be read, so the counts in it are not known."""
         self.unknown |= self.offsets >= np.uint64(MAX_FILE_OFFSET)
         self.any_unknown = bool(self.unknown.any())
-        self._beyond: dict[int, BoolArray] = {}
+        self._beyond: _OnesByBlock | None = None
         self._load()
 
     def _load(self) -> None:
@@ -82,7 +83,7 @@ class StoredRefcounts:
         n_blocks = min(-(-self.counts.size // per_block), self.table.size)
         for index in range(n_blocks):
             offset = int(self.offsets[index])
-            if offset and not self.unknown[index] and offset < self._file_size:
+            if offset and not self.unknown[index] and offset < self.file_size:
                 part = self.counts[index * per_block : (index + 1) * per_block]
                 part[:] = self.load_block(offset)[: part.size]
 
@@ -114,19 +115,52 @@ class StoredRefcounts:
         """The same for clusters past the end of the file, which an image may count all the same."""
         answer = np.zeros(clusters.size, dtype=bool)
         blocks = clusters >> np.uint64(self._geometry.refcount_block_bits)
-        for block in np.unique(blocks[blocks < np.uint64(self.table.size)]).tolist():
-            offset = int(self.offsets[block])
-            if not offset or self.unknown[block] or offset >= self._file_size:
-                continue
-            here = blocks == np.uint64(block)
-            within = clusters[here] & np.uint64(self._geometry.refcount_block_entries - 1)
-            answer[here] = self._ones_of(offset)[within.astype(np.intp)]
+        counted = blocks < np.uint64(self.table.size)
+        index = blocks[counted].astype(np.intp)
+        within = clusters[counted] & np.uint64(self._geometry.refcount_block_entries - 1)
+        if self._beyond is None:
+            self._beyond = _OnesByBlock(self, self._geometry.refcount_block_entries)
+        answer[counted] = self._beyond.look_up(index, within)
         return answer
 
-    def _ones_of(self, host_offset: int) -> BoolArray:
-        ones = self._beyond.get(host_offset)
-        if ones is None:
-            if len(self._beyond) >= _BLOCKS_KEPT:
-                self._beyond.clear()
-            ones = self._beyond[host_offset] = self.load_block(host_offset) == 1
-        return ones
+
+class _OnesByBlock:
+    """Which counts are one in refcount blocks that are loaded when they are first asked for, a bit for each count.
+
+    Each block of the file is loaded once, however many table entries point at it.  Past `_BITS_KEPT` in all, counts are
+    taken for zero: every entry that leads there is damaged anyway.
+    """
+
+    def __init__(self, stored: StoredRefcounts, per_block: int) -> None:
+        self._stored = stored
+        self._row_bytes = -(-per_block // 8)
+        self._rows = np.zeros((1, self._row_bytes), dtype=np.uint8)  # row 0: no count is one
+        self._n_rows = 1
+        self._row_of = np.full(stored.table.size, -1, dtype=np.int32)
+        self._row_at: dict[int, int] = {}
+
+    def look_up(self, blocks: IndexArray, within: U64Array) -> BoolArray:
+        """Is count number `within[i]` of the refcount block of table entry `blocks[i]` one?"""
+        for block in np.unique(blocks[self._row_of[blocks] < 0]).tolist():
+            self._row_of[block] = self._load(block)
+        bits = self._rows[self._row_of[blocks], (within >> np.uint64(3)).astype(np.intp)]
+        return np.not_equal((bits >> (within & np.uint64(7)).astype(np.uint8)) & np.uint8(1), 0)
+
+    def _load(self, block: int) -> int:
+        """The row of a block; 0 for one that cannot be read."""
+        stored = self._stored
+        offset = int(stored.offsets[block])
+        if not offset or stored.unknown[block] or offset >= stored.file_size:
+            return 0
+        row = self._row_at.get(offset)
+        if row is not None:
+            return row
+        if self._n_rows * self._row_bytes >= _BITS_KEPT:
+            return 0
+        if self._n_rows == len(self._rows):
+            self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)))
+        row = self._n_rows
+        self._rows[row] = np.packbits(stored.load_block(offset) == 1, bitorder="little")
+        self._row_at[offset] = row
+        self._n_rows += 1
+        return row

@@ -11,7 +11,14 @@ from blocklib.errors import ImageCorruptError
 from blocklib.formats.qcow2 import layout
 
 
-def decompress(data: bytes | bytearray | memoryview, cluster_size: int, compression_type: int, *, host_offset: int, node: str | None) -> bytes:
+def decompress(
+    data: bytes | bytearray | memoryview,
+    cluster_size: int,
+    compression_type: int,
+    *,
+    host_offset: int,
+    node: str | None,
+) -> bytes:
     """The `cluster_size` bytes that `data` holds; what follows the stream in its last sector is ignored.
 
     Never produces more than a cluster.  Raises ImageCorruptError for a damaged or short stream.

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, PoisonedError, UnsupportedFeatureError
+from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import MissingTableError
@@ -24,13 +24,23 @@ from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.tables import read_table
 from blocklib.formats.qcow2.writeback import WriteBack
-from blocklib.graph import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Edge
-from blocklib.node import NamedReference, Node, PendingChange, Preallocation, WriteRun
+from blocklib.node import (
+    CONSISTENT_READ,
+    RESIZE,
+    WRITE,
+    WRITE_UNCHANGED,
+    NamedReference,
+    Node,
+    PendingChange,
+    Preallocation,
+    WriteRun,
+)
 from blocklib.policy import Limits
 from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
+    from blocklib.graph import Edge
 
 _T = TypeVar("_T")
 
@@ -71,6 +81,18 @@ class Qcow2Node(Node):
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Qcow2Node:
         return cls(options["node-name"], extra.pop("filename", None), read_only=read_only, options=options, **extra)
+
+    @classmethod
+    def image_maker(cls, options: Mapping[str, Any]) -> Callable[[Edge], None]:
+        from blocklib.formats.qcow2.create import header_for, write_empty_image
+
+        header = header_for(options["size"], options)
+        return lambda file: write_empty_image(file, header)
+
+    def preallocate(self, preallocation: Preallocation) -> None:
+        from blocklib.formats.qcow2.resize import preallocate
+
+        preallocate(self, 0, self.size, preallocation)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -245,7 +267,7 @@ class Qcow2Node(Node):
 
         return resolve_table(self.mapping, self.file, offset, length)
 
-    def read_special(self, offset: int, view: memoryview) -> None:
+    def read_special(self, offset: int, view: memoryview) -> bool:
         """Decode one compressed cluster and copy the part asked for."""
         mapping = self.mapping
         slice_offset = mapping.slice_at(offset)
@@ -254,11 +276,7 @@ class Qcow2Node(Node):
             table = mapping.cache.load(slice_offset, self.lock)
         entry = table[mapping.index_in_slice(offset)] if table is not None else 0
         if not entry & layout.FLAG_COMPRESSED:
-            # A writer has replaced the cluster since it was resolved: what it wrote is the content now.
-            from blocklib import plan
-
-            plan.read(self, offset, view)
-            return
+            return False
         host_offset, length = self.geometry.decode_compressed(entry)
         if host_offset >= self.file.size:
             raise ImageCorruptError(
@@ -280,6 +298,7 @@ class Qcow2Node(Node):
         )
         start = offset & self.geometry.cluster_mask
         view[:] = memoryview(cluster)[start : start + len(view)]
+        return True
 
     def ask_for_holes(self) -> None:
         """Find out, before block status is reported, whether data clusters may be holes in the file."""

@@ -135,17 +135,17 @@ def _map_all(node: Qcow2Node, offset: int, end: int, runs: list[tuple[int, int]]
     index = mapping.index_in_slice(offset)
     stop = index + ((end - offset) >> bits)
     while index < stop:
-        free = _unmapped_run(table, index, stop)
-        if not free:
+        if table[index]:
             index += 1
             continue
-        first, n = node.refcounts.allocate(free)
+        first, n = node.refcounts.allocate(_unmapped_run(table, index, stop))
         mapping.link(slice_offset, table, index, first << bits, n)
         runs.append((first, n))
         index += n
 
 
 def _unmapped_run(table: Table, index: int, stop: int) -> int:
+    """How many entries from `index`, which is unmapped, are."""
     part = table[index:stop]
     if part.tobytes() == bytes(len(part) * part.itemsize):
         return len(part)

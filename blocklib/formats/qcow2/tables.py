@@ -10,7 +10,6 @@ import sys
 from array import array
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-
 if TYPE_CHECKING:
     from blocklib.graph import Edge
 
