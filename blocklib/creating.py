@@ -140,7 +140,7 @@ def _fill(path: str, format: str, typed: Mapping[str, Any], *, empty_first: bool
 
 
 class _OpenFile:
-    """A plain file as an edge of our own, for as long as the block lasts; nobody else may even read it, since it is emptied first."""
+    """A plain file as an edge of our own while the block lasts; nobody else may even read it, since it is emptied first."""
 
     def __init__(self, path: str) -> None:
         self._path = path

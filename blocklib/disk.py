@@ -108,10 +108,14 @@ class Disk:
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from guest `offset`.  Raises OutOfRangeError for a range outside the disk."""
-        if length < 0:
-            raise OutOfRangeError(f"a length of {length} bytes")
-        buffer = bytearray(length)
-        self.readinto(offset, buffer)
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked(offset, length)
+            buffer = bytearray(length)
+            plan.read(node, offset, memoryview(buffer))
+        finally:
+            tracker.leave()
         return bytes(buffer)
 
     def readinto(self, offset: int, buffer: Buffer) -> None:

@@ -21,6 +21,7 @@ OPTIONS = (Option(("-p",), None, "print how much is done, in per cent"), AS_JSON
 _BAR_AFTER = 0.7
 """Seconds: work that is done sooner shows no bar, and does not pay for loading it."""
 _PERCENT_STEP = 1.0
+_COMPLETE = 100.0
 
 
 def reporter(session: Session, given: Given, verb: str) -> Reporter:
@@ -93,7 +94,8 @@ class _Percentages(Reporter):
             self._print(progress.fraction)
 
     def finish(self) -> None:
-        self._print(1.0)
+        if self._shown < _COMPLETE:
+            self._print(1.0)
 
     def end(self) -> None:
         print(flush=True)

@@ -22,6 +22,7 @@ from blocklib.cli.common import (
 )
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
 from blocklib.cli.session import Failure, Session
+from blocklib.drivers import check_name
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
@@ -54,7 +55,10 @@ def run(session: Session, given: Given) -> int:
     if not unsafe and not given.has("-b"):
         raise UsageFailure("expects the new backing file (-b), or -u to leave none")
     backing = given.last("-b") or None
-    if backing is not None and not given.has("-F"):
+    backing_format = given.last("-F")
+    if backing_format is not None:
+        check_name(backing_format)
+    elif backing is not None:
         raise Failure(f"{backing}: a backing file needs its format (-F): guessed, it could be a guest's choice")
     cache_mode(given, "-T", "writeback")
     cache = cache_mode(given, "-t", "writeback")

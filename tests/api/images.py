@@ -14,7 +14,7 @@ from blocklib import GiB, KiB, MiB
 
 ROOT = Path(__file__).parent.parent.parent
 
-PATTERN = bytes(range(1, 257)) * 16
+PATTERN = bytes(range(1, 129)) * 32
 """4 KiB without a zero byte."""
 
 
@@ -28,7 +28,7 @@ def make_disk(name: str | os.PathLike[str] = "disk.qcow2", size: int = 10 * GiB)
 
 def make_raw(name: str | os.PathLike[str], size: int, fill: bytes = b"") -> None:
     """A sparse file that begins with `fill`."""
-    with open(name, "wb") as file:
+    with Path(name).open("wb") as file:
         file.write(fill)
         file.truncate(size)
 
@@ -48,7 +48,7 @@ def make_chain(size: int = 10 * GiB) -> None:
 
 def patch(name: str | os.PathLike[str], host_offset: int, data: bytes) -> None:
     """Change bytes of a file behind everybody's back."""
-    with open(name, "r+b") as file:
+    with Path(name).open("r+b") as file:
         file.seek(host_offset)
         file.write(data)
 
@@ -74,7 +74,7 @@ def in_child(function: Callable[[], object]) -> str:
             traceback.print_exc(file=sys.__stderr__)
             os._exit(1)
     os.close(write_end)
-    with open(read_end, "rb") as pipe:
+    with os.fdopen(read_end, "rb") as pipe:
         answer = pipe.read().decode()
     _pid, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0

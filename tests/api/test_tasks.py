@@ -184,9 +184,9 @@ def test_task_5_extents_one_by_one_or_as_a_table() -> None:
         assert own["offset"].tolist() == [128 * KiB]
         above = disk.map(base=disk.chain()[1])
         assert above[above["present"]]["offset"].tolist() == [128 * KiB]
-        as_rows = [extent._replace(host_offset=-1 if extent.host_offset is None else extent.host_offset) for extent in disk.extents()]
         names = list(blocklib.Extent._fields)
-        assert [tuple(row) for row in as_rows] == table[names].tolist()
+        rows = [tuple(-1 if field is None else field for field in extent) for extent in disk.extents()]
+        assert rows == table[names].tolist()
 
 
 def test_task_6_convert_with_progress() -> None:
@@ -235,9 +235,9 @@ def test_task_12_check_and_repair_with_a_plan() -> None:
     assert report.clean
     assert (report.corruptions, report.leaks, report.findings) == (0, 0, ())
     assert report.image_end_offset == Path("disk.qcow2").stat().st_size
-    # A leak: the last entries of the first refcount block, at the third cluster, count clusters that nobody uses.
-    patch("disk.qcow2", 2 * 65536 + 65534, b"\0\1")
-    patch("disk.qcow2", 32768 * 65536 - 1, b"\0")
+    # A leak: entry 100 of the refcount block, in the third cluster, counts a cluster that nobody uses.
+    patch("disk.qcow2", 2 * 65536 + 100 * 2, b"\0\1")
+    patch("disk.qcow2", 101 * 65536 - 1, b"\0")
 
     report = blocklib.check("disk.qcow2")
     assert not report.clean
@@ -245,15 +245,15 @@ def test_task_12_check_and_repair_with_a_plan() -> None:
     for finding in report.findings:
         assert isinstance(finding, blocklib.Finding)
         assert finding.kind == "leak"
-        assert finding.host_offset == 32767 * 65536
+        assert finding.host_offset == 100 * 65536
         assert all(text in str(finding) for text in (finding.structure, finding.expected, finding.found))
-    before = Path("disk.qcow2").read_bytes()[: 1 << 20]
+    before = Path("disk.qcow2").read_bytes()
     plan = blocklib.repair("disk.qcow2", "all", dry_run=True)
     assert isinstance(plan, blocklib.RepairReport)
     assert plan.before == report
     assert plan.after is None
     assert "\n".join(map(str, plan.steps))
-    assert Path("disk.qcow2").read_bytes()[: 1 << 20] == before
+    assert Path("disk.qcow2").read_bytes() == before
     done = blocklib.repair("disk.qcow2", "all", expect=plan)
     assert done.steps == plan.steps
     assert done.after is not None
@@ -349,7 +349,7 @@ def test_task_17_errors_by_class() -> None:
     assert _open_as_task_17("missing.qcow2") == (2, "open", "missing.qcow2")
 
 
-def test_task_18_options_qemus_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_task_18_options_qemus_way() -> None:
     make_disk("disk.qcow2")
     make_raw("golden.img", 10 * GiB, b"g" * MiB)
     make_raw("disk.img", 2 * MiB, PATTERN)
@@ -358,13 +358,14 @@ def test_task_18_options_qemus_way(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with disk:
         assert disk.read(0, 4096) == PATTERN
-    nested = {
-        "driver": "qcow2",
-        "file": {"driver": "file", "filename": "disk.qcow2"},
-        "backing.driver": "raw",
-        "backing.file.filename": "golden.img",
-    }
-    disk = blocklib.open(nested)
+    disk = blocklib.open(
+        {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": "disk.qcow2"},
+            "backing.driver": "raw",
+            "backing.file.filename": "golden.img",
+        }
+    )
     with disk:
         assert [node.driver for node in disk.chain()] == ["qcow2", "raw"]
         assert disk.read(512 * KiB, 1) == b"g"

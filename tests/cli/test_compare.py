@@ -20,7 +20,10 @@ def images(qemu_img: Program, qemu_io: Program, here: Path) -> None:
     data = (here / "same.raw").read_bytes()
     (here / "long.raw").write_bytes(data + bytes(1 << 20))
     (here / "longer.raw").write_bytes(data + bytes(1 << 19) + b"\1" * 512)
-    (here / "different.raw").write_bytes(data[:70_000] + b"\xff" + data[70_001:])
+    qemu_img("convert", "-O", "raw", "top.qcow2", "different.raw")
+    with (here / "different.raw").open("r+b") as file:
+        file.seek(70_000)
+        file.write(b"\xff")
 
 
 COMPARISONS = [

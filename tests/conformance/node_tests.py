@@ -180,11 +180,15 @@ class NodeTests(ABC):
         assert ends[-1] == self.size - 1000
         assert np.array_equal(table["offset"][1:], ends[:-1])
         for row in table:
-            kind, _child, child_offset, n, flags = node.resolve(int(row["offset"]), int(row["length"]))
-            assert (kind, flags) == (row["kind"], row["flags"])
-            assert n == row["length"]
-            if kind == KIND_DATA:
-                assert child_offset == row["child_offset"]
+            done = 0
+            while done < row["length"]:  # a single run may end where a table of the driver's does
+                start, rest = int(row["offset"]) + done, int(row["length"]) - done
+                kind, _child, child_offset, n, flags = node.resolve(start, rest)
+                assert (kind, flags) == (row["kind"], row["flags"])
+                assert 1 <= n <= rest
+                if kind == KIND_DATA:
+                    assert child_offset == row["child_offset"] + done
+                done += n
 
     def test_kinds_and_flags_of_runs_agree(self, disk: Disk) -> None:
         disk.write(0, pattern(1000))

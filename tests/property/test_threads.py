@@ -25,7 +25,7 @@ from tests.property.chains import first_difference
 
 THREADS: Final = 8
 SECTOR: Final = 512
-PATIENCE: Final = 200.0
+PATIENCE: Final = 100.0
 """Seconds after which threads that do not come to an end are called a deadlock."""
 BASE: Final = 255
 
@@ -223,7 +223,7 @@ class Rival:
         """What is read may be half of one write and half of another, but it is never what belongs elsewhere."""
         data = self.disk.read(first * SECTOR, n * SECTOR)
         for i in range(n):
-            numbers = set(struct.unpack_from("<QQ" * (SECTOR // 16), data, i * SECTOR)[::2])
+            numbers = set(struct.unpack_from(f"<{SECTOR // 8}Q", data, i * SECTOR)[::2])
             assert numbers <= {0, first + i + 1}
 
 
@@ -438,14 +438,14 @@ def test_closing_under_load_keeps_every_write_that_returned(tmp_path: Path, qemu
     path = make_overlay(tmp_path, size, {"cluster_size": 4096})
     disk = open_overlay(path, "r+")
     content = bytearray(disk.read(0, size))
-    under_way = threading.Semaphore(0)
+    under_way = threading.Barrier(THREADS + 2)
 
     def write(number: int) -> None:
         for sequence in range(per_thread):
             sector = number + sequence * THREADS
             data = stamp(number, sequence, sector, 1)
             if sequence == 50:
-                under_way.release()
+                under_way.wait(PATIENCE)
             try:
                 disk.write(sector * SECTOR, data)
             except ClosedError:
@@ -453,8 +453,7 @@ def test_closing_under_load_keeps_every_write_that_returned(tmp_path: Path, qemu
             content[sector * SECTOR : (sector + 1) * SECTOR] = data
 
     def close() -> None:
-        for _ in range(THREADS):
-            under_way.acquire(timeout=PATIENCE)
+        under_way.wait(PATIENCE)
         disk.close()
 
     run_together(close, close, *(lambda number=number: write(number) for number in range(THREADS)))  # type: ignore[misc]
