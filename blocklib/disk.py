@@ -49,8 +49,10 @@ class Disk:
         self._opened_at = _caller()
         self._root: graph.Edge | None = None
         wanted = CONSISTENT_READ | (WRITE | RESIZE if self._writable else 0)
+        # A writer tolerates no other: not even a raw image, which has no metadata to protect, survives two.
+        shared = graph.ALL & ~(WRITE | RESIZE) if self._writable else graph.ALL
         with graph.Transaction() as change:
-            root = change.attach(None, "root", node, wanted=wanted, shared=graph.ALL, tracker=self._tracker)
+            root = change.attach(None, "root", node, wanted=wanted, shared=shared, tracker=self._tracker)
         self._root = root  # only now: a disk that failed to open has nothing to close
         _disks.add(self)
 
@@ -255,7 +257,7 @@ class Disk:
         if self._tracker.flags & FORKED:  # nothing here is ours to touch
             self._root = None
             return
-        with graph.drained(root.node), graph.lock:
+        with graph.drained(root.node), root.node.resizing, graph.lock:
             if self._root is not root:  # another thread has closed it meanwhile
                 return
             self._tracker.refuse(CLOSED)

@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
-from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UsageError
+from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UnsupportedFeatureError, UsageError
 from blocklib.requests import RangeLock
 
 if TYPE_CHECKING:
     from blocklib.extents import Run, RunTable
     from blocklib.graph import Edge
+    from blocklib.reports import CheckReport, RepairReport
     from blocklib.requests import RequestTracker
 
 DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
@@ -95,6 +96,8 @@ class Node:
     """A protocol node: it has no children and moves bytes itself (`preadv`, `pwritev`)."""
     is_device = False
     """A leaf over a block device: its size is not ours to change."""
+    supports_backing: ClassVar[bool] = False
+    """An image of this format may have a backing file."""
     is_filter: ClassVar[bool] = False
     """Passes its one child's content through unchanged."""
     sees_reads: ClassVar[bool] = False
@@ -278,6 +281,46 @@ class Node:
     def pwritev(self, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
         """Write all of `views`; past the end the leaf grows."""
         raise UsageError(f"{self.driver}: not a protocol")
+
+    # -- whole images -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def measure(cls, options: Mapping[str, Any], data_bytes: Callable[[int], int]) -> tuple[int, int]:
+        """(bytes required, bytes when fully allocated) for a new image with checked creation `options`.
+
+        `data_bytes(unit)` tells how much of it will hold data, in whole units.  Raises OptionError.
+        """
+        raise cls._incapable("measured")
+
+    def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
+        """Compare what the image refers to with what it counts; `progress` hears of bytes looked at and in total.
+
+        The caller has drained the node.  Raises UnsupportedFeatureError where that is not known how.
+        """
+        raise self._incapable("checked")
+
+    def repair(
+        self,
+        what: Literal["leaks", "all"],
+        *,
+        dry_run: bool = False,
+        expect: RepairReport | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> RepairReport:
+        """Repair what `check` finds: see `blocklib.repair`.  The caller has drained the node."""
+        raise self._incapable("repaired")
+
+    def make_empty(self) -> None:
+        """Forget all data, so that the backing file shows through again; the caller has drained the node."""
+        raise self._incapable("emptied")
+
+    def change_backing(self, name: str | None, format: str | None) -> None:
+        """Name another backing file, as it is to be stored; durable on return.  Raises UsageError for a name too long."""
+        raise self._incapable("given a backing file")
+
+    @classmethod
+    def _incapable(cls, participle: str) -> UnsupportedFeatureError:
+        return UnsupportedFeatureError(f"images of the format {cls.driver} cannot be {participle}", features=(participle,))
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

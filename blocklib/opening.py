@@ -370,7 +370,7 @@ class _Builder:
             structure="magic",
             host_offset=0,
             expected="the magic of a known format",
-            found=start[:4].hex() or "an empty file",
+            found=repr(bytes(start[:4])) if start else "an empty file",
             node=name,
         )
 

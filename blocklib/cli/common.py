@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from blocklib.cli.getopt import Given, Option, UsageFailure
-from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
 from blocklib.errors import BlocklibError, UsageError
 from blocklib.sizes import parse_size
@@ -137,7 +136,7 @@ def open_image(
     from blocklib.opening import FROM_IMAGE, open_disk
 
     untrusted = given.has("--untrusted")
-    disk = open_disk(
+    return open_disk(
         target_of(name, untrusted=untrusted),
         "r+" if write else "r",
         format=name.format,
@@ -147,18 +146,6 @@ def open_image(
         discard=discard,
         force_share=share and given.has("-U"),
         backing=None if alone else FROM_IMAGE,
-    )
-    if write and name.format is None and not name.is_options and disk.chain()[0].driver == "raw":
-        warn_of_guess(session, name.text)
-    return disk
-
-
-def warn_of_guess(session: Session, filename: str) -> None:
-    """Say what follows from a format that was guessed, for an image that is written."""
-    print_error(
-        session.program,
-        f"warning: {filename} was taken for a raw image, so writes that would make it look like another format fail"
-        " (-f raw says that it is raw)",
     )
 
 

@@ -87,9 +87,7 @@ def run(session: Session, given: Given) -> int:
     target_cache = cache_mode(given, "-t", "unsafe")
     report = progress.reporter(session, given, "convert")
     with ExitStack() as stack:
-        sources = [
-            stack.enter_context(open_image(session, given, name_of(given, name), cache=source_cache)) for name in names
-        ]
+        sources = [stack.enter_context(open_image(session, given, name_of(given, name), cache=source_cache)) for name in names]
         if given.has("-n"):
             target = stack.enter_context(_open_target(session, given, target_name, target_cache))
             target_name = target.chain()[0].filename or target_name

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from blocklib.cli.common import FORMAT, IMAGE_OPTS, OBJECT, QUIET, check_objects, name_of, open_image, size_value
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
+from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
 from blocklib.sizes import MAX_SIZE
 
@@ -35,13 +36,18 @@ def run(session: Session, given: Given) -> int:
         raise UsageFailure("expects a file name and a size")
     filename, text = given.operands
     mode = _preallocation(given)
-    with open_image(session, given, name_of(given, filename), write=True) as disk:
+    name = name_of(given, filename)
+    with open_image(session, given, name, write=True) as disk:
+        guessed = name.format is None and not name.is_options and disk.chain()[0].driver == "raw"
         size = _new_size(text, disk.size)
         if size < disk.size and not given.has("--shrink"):
             raise Failure(f"{size} bytes is less than the {disk.size} there are: --shrink allows the data beyond to be lost")
         if size <= disk.size and mode != "off":
             raise Failure("--preallocation is for images that grow")
         disk.truncate(size, shrink=given.has("--shrink"), preallocation=mode)
+    if guessed:
+        # Worth a line, since a guest can make its raw disk look like an image of any format.
+        print_error(session.program, f"warning: {filename} was taken for a raw image (-f raw says that it is one)")
     if not given.has("-q"):
         print("Image resized.")
     return 0

@@ -62,6 +62,11 @@ class RawNode(Node):
 
         return make
 
+    @classmethod
+    def measure(cls, options: Mapping[str, Any], data_bytes: Callable[[int], int]) -> tuple[int, int]:
+        size = -(-options["size"] // _SECTOR) * _SECTOR
+        return size, size
+
     @property
     def _file(self) -> Edge:
         return self.children["file"]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from blocklib import graph
 from blocklib.disk import Disk
 from blocklib.errors import ReadOnlyError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.job import Job
-from blocklib.jobs.parts import part_of
 from blocklib.opening import open_metadata
 from blocklib.reports import CheckReport, RepairReport
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.node import Qcow2Node
     from blocklib.node import Node
     from blocklib.policy import Target
 
@@ -72,10 +70,7 @@ class _Check(Task[CheckReport]):
 
     def run(self, control: Control) -> CheckReport:
         with _at_rest(self.target, "r", self.format, force_share=self.force_share) as node:
-            report: CheckReport = part_of(node.driver, "check", verb="checked").check_image(
-                node.file, node.header, node.geometry, filename=_name(node), progress=_progress(control)
-            )
-        return report
+            return node.check(_progress(control))
 
 
 @dataclass(eq=False)
@@ -90,49 +85,24 @@ class _Repair(Task[RepairReport]):
 
     def run(self, control: Control) -> RepairReport:
         with _at_rest(self.target, "r" if self.dry_run else "r+", self.format) as node:
-            repair_image = part_of(node.driver, "repair", verb="repaired").repair_image
-            try:
-                report: RepairReport = repair_image(
-                    node.file,
-                    node.header,
-                    node.geometry,
-                    self.what,
-                    filename=_name(node),
-                    dry_run=self.dry_run,
-                    expect=self.expect,
-                    progress=_progress(control),
-                )
-            finally:
-                if not self.dry_run:
-                    node.load()  # tables that it had read may have changed
-        return report
+            return node.repair(self.what, dry_run=self.dry_run, expect=self.expect, progress=_progress(control))
 
 
 @contextmanager
 def _at_rest(
     target: Disk | Target, mode: Literal["r", "r+"], format: str | None, *, force_share: bool = False
-) -> Iterator[Qcow2Node]:
-    """The image of `target`, with no request inside and nothing of it only in memory."""
+) -> Iterator[Node]:
+    """The top node of `target`, with no request inside and nothing of it only in memory."""
     if not isinstance(target, Disk):
         with open_metadata(target, mode, format=format, force_share=force_share) as disk:
-            yield _checkable(disk.node)
+            yield disk.node
         return
-    node = _checkable(target.node)
+    node = target.node
     if mode == "r+" and node.read_only:
-        raise ReadOnlyError(f"{_name(node)}: opened for reading; mode 'r+' repairs", node=node.name)
+        raise ReadOnlyError(f"{node.filename or node.name}: opened for reading; mode 'r+' repairs", node=node.name)
     with graph.drained(node):
-        if not node.metadata_only:
-            node.flush()
+        node.flush()
         yield node
-
-
-def _checkable(node: Node) -> Qcow2Node:
-    part_of(node.driver, "check", verb="checked")
-    return cast("Qcow2Node", node)
-
-
-def _name(node: Node) -> str:
-    return node.filename or node.name
 
 
 def _progress(control: Control) -> Callable[[int, int], object]:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import graph
-from blocklib.errors import NameNotFoundError, UnsupportedFeatureError, UsageError
+from blocklib.errors import NameNotFoundError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened, same_file
@@ -21,7 +21,6 @@ from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
-    from blocklib.formats.qcow2.node import Qcow2Node
     from blocklib.node import Node
     from blocklib.policy import References, Target
 
@@ -65,8 +64,6 @@ class _Commit(Task[CommitResult]):
     def run(self, control: Control) -> CommitResult:
         mode: Literal["r", "r+"] = "r+" if self.empty else "r"
         with opened(self.target, mode, format=self.format, references=self.references) as top:
-            if self.empty and top.node.driver != "qcow2":
-                raise UnsupportedFeatureError(f"images of the format {top.node.driver} have no backing file")
             base = _find_base(top, self.base)
             node = next(node for node in graph.chain(top.node) if node.name == base.name)
             control.set_total(top.size)
@@ -81,7 +78,7 @@ class _Commit(Task[CommitResult]):
                 edge.flush()
                 if self.empty:
                     with graph.drained(top.node):
-                        cast("Qcow2Node", top.node).make_empty()
+                        top.node.make_empty()
         return CommitResult(bytes_copied=copy.bytes_written, base=base.filename)
 
 
@@ -117,17 +114,28 @@ def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:
 def _writable(top: Disk, base: Node) -> Iterator[graph.Edge]:
     """An edge that may write and resize `base`, an image below `top`, for as long as the block lasts."""
     was_read_only = base.read_only
-    wanted = CONSISTENT_READ | WRITE | RESIZE
-    shared = CONSISTENT_READ | WRITE_UNCHANGED
+    # An image that is written wants what is below it to stand still, but these writes change nothing that it reads as.
+    users = {edge: edge.shared for edge in graph.roots_above(top.node)}
     with graph.drained(top.node, base), graph.Transaction() as change:
+        for user, shared in users.items():
+            change.set_permissions(user, wanted=user.wanted, shared=shared | WRITE | RESIZE)
         change.reopen(base, read_only=False)
-        edge = change.attach(None, "commit", base, wanted=wanted, shared=shared, tracker=RequestTracker())
+        edge = change.attach(
+            None,
+            "commit",
+            base,
+            wanted=CONSISTENT_READ | WRITE | RESIZE,
+            shared=CONSISTENT_READ | WRITE_UNCHANGED,
+            tracker=RequestTracker(),
+        )
     try:
         yield edge
     finally:
         with graph.drained(top.node, base), graph.Transaction() as change:
             change.detach(edge)
             change.reopen(base, read_only=was_read_only)
+            for user, shared in users.items():
+                change.set_permissions(user, wanted=user.wanted, shared=shared)
 
 
 class _Writer:

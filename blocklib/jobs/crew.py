@@ -18,9 +18,9 @@ _MOST_THREADS: Final = 4
 
 
 def default_threads() -> int:
-    """As many as there are processors that we may use, within reason."""
+    """One more than there are processors that we may use, since one of them writes, within reason."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(available, 2), _MOST_THREADS)
+    return min(available + 1, _MOST_THREADS)
 
 
 class Crew:

@@ -6,18 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from blocklib import drivers
 from blocklib.errors import OptionError, UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.ends import SECTOR, opened
+from blocklib.jobs.ends import opened
 from blocklib.jobs.job import Job
-from blocklib.jobs.parts import part_of
 from blocklib.jobs.runs import COPY, Run, runs_of
 from blocklib.options import check_options
 from blocklib.reports import MeasureResult
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
-    from blocklib.formats.qcow2.geometry import Geometry, MeasuredSize
     from blocklib.options import OptionValue
     from blocklib.policy import Target
 
@@ -62,26 +61,22 @@ class _Measure(Task[MeasureResult]):
         with opened(self.source) as disk:
             control.set_total(disk.size)
             result = self._result(disk.size, _watched(control, runs_of(disk, 0, disk.size)))
-            if self.format == "qcow2" and self._has_bitmaps(disk):
-                return MeasureResult(result.required, result.fully_allocated, bitmaps=0)
-            return result
+            bitmaps = 0 if self._has_bitmaps(disk) else None
+        return MeasureResult(result.required, result.fully_allocated, bitmaps)
 
     def _result(self, size: int, runs: Iterable[Run]) -> MeasureResult:
-        size = -(-size // SECTOR) * SECTOR
-        if self.format == "raw":
-            return MeasureResult(size, size)
-        geometry: Geometry = part_of(self.format, "create", verb="measured").header_for(size, self.options).geometry()
-        data = _clusters_with_data(runs, geometry.cluster_size) * geometry.cluster_size
-        if self.source is not None and self.options.get("backing_file") is not None:
-            data = size  # what of it the backing file has is not looked at, so there is room for all
-        measured: MeasuredSize = part_of(self.format, "geometry", verb="measured").measure_size(
-            geometry, size, data, preallocation=self.options["preallocation"]
-        )
-        return MeasureResult(measured.required, measured.fully_allocated)
+        def data_bytes(unit: int) -> int:
+            if self.source is not None and self.options.get("backing_file") is not None:
+                return size  # what the backing file has of it is not looked at, so there is room for all
+            return _units_with_data(runs, unit) * unit
+
+        required, fully_allocated = drivers.load(self.format).measure({**self.options, "size": size}, data_bytes)
+        return MeasureResult(required, fully_allocated)
 
     def _has_bitmaps(self, disk: Disk) -> bool:
-        """Whether source and new image both could have bitmaps."""
-        return self.options["compat"] in ("1.1", "v3") and disk.node.format_specific().get("compat") == "1.1"
+        """Whether source and new image could both have bitmaps."""
+        is_new_enough = self.options.get("compat") in ("1.1", "v3")
+        return is_new_enough and disk.node.format_specific().get("compat") == "1.1"
 
 
 def _watched(control: Control, runs: Iterable[Run]) -> Iterable[Run]:
@@ -92,12 +87,12 @@ def _watched(control: Control, runs: Iterable[Run]) -> Iterable[Run]:
         control.advance(run[1])
 
 
-def _clusters_with_data(runs: Iterable[Run], cluster_size: int) -> int:
-    """How many clusters hold any data, at the cluster size of the new image."""
-    clusters = counted = 0
+def _units_with_data(runs: Iterable[Run], unit: int) -> int:
+    """How many units of the new image will hold any data."""
+    units = counted = 0
     for offset, length, what in runs:
         if what == COPY:
-            first = max(offset // cluster_size, counted)
-            counted = -(-(offset + length) // cluster_size)
-            clusters += counted - first
-    return clusters
+            first = max(offset // unit, counted)
+            counted = -(-(offset + length) // unit)
+            units += counted - first
+    return units

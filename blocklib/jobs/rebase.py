@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph
 from blocklib.disk import Disk
@@ -21,7 +21,7 @@ from blocklib.policy import PlainPath, resolve_backing_name
 from blocklib.reports import RebaseResult
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import Node
     from blocklib.policy import References, Target
 
 
@@ -72,9 +72,9 @@ class _Rebase(Task[RebaseResult]):
         copied = 0
         with ExitStack() as stack:
             top = stack.enter_context(self._opened_target())
-            if top.node.driver != "qcow2":
-                raise UnsupportedFeatureError(f"images of the format {top.node.driver} have no backing file")
-            node = cast("Qcow2Node", top.node)
+            node = top.node
+            if not node.supports_backing:
+                raise UnsupportedFeatureError(f"images of the format {node.driver} have no backing file")
             new = None
             if not self.unsafe:
                 if self.backing is not None:
@@ -96,7 +96,7 @@ class _Rebase(Task[RebaseResult]):
         return opened(self.target, "r+", format=self.format, references=self.references)
 
 
-def _exchange_backing(change: graph.Transaction, node: Qcow2Node, new: Disk | None) -> None:
+def _exchange_backing(change: graph.Transaction, node: Node, new: Disk | None) -> None:
     """Let an overlay that stays open read through its new chain."""
     edge = node.children.get("backing")
     if edge is not None:

@@ -12,6 +12,8 @@ Part: TypeAlias = tuple[int, int]
 
 _FEW_BYTES: Final = 32 << 20
 """Looking at so many bytes block by block costs less than importing numpy."""
+_FEW_BLOCKS: Final = 32
+"""And in a buffer of so few blocks, less than calling it."""
 
 
 class BlockScanner:
@@ -40,7 +42,8 @@ class BlockScanner:
         parts: list[Part] = []
         if _matters(view, other, 0, head):
             parts.append((0, head))
-        if self._seen > _FEW_BYTES or "numpy" in sys.modules:
+        is_large = tail - head > _FEW_BLOCKS * self.block
+        if is_large and (self._seen > _FEW_BYTES or "numpy" in sys.modules):
             parts += _vector_parts(view, other, head, tail, self.block)
         else:
             steps = range(head, tail, self.block)
@@ -65,8 +68,11 @@ def _vector_parts(view: memoryview, other: memoryview | None, start: int, stop: 
         flags = np.bitwise_or.reduce(words, axis=1) != 0
     else:
         flags = (words != np.frombuffer(other[start:stop], dtype=np.uint64).reshape(words.shape)).any(axis=1)
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)) * block + start
-    return [(first, last) for first, last in edges.reshape(-1, 2).tolist()]
+    if flags.all():
+        return [(start, stop)]
+    edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
+    first = 0 if flags[0] else 1  # every other stretch between two edges counts
+    return [(start + edges[i] * block, start + edges[i + 1] * block) for i in range(first, len(edges) - 1, 2)]
 
 
 def _joined(parts: list[Part]) -> list[Part]:

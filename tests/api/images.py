@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import sys
 import traceback
@@ -64,6 +65,7 @@ def in_child(function: Callable[[], object]) -> str:
     pid = os.fork()
     if pid == 0:
         try:
+            signal.alarm(60)  # a deadlock fails the test, rather than the run
             try:
                 text = repr(function())
             except Exception as exc:

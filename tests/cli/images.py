@@ -67,9 +67,7 @@ def _created(options: str, *, written: bool) -> Maker:
         qemu_img("create", "-q", "-f", "qcow2", "-o", options, "image.qcow2", SIZE)
         if written:
             # What is allocated already cannot be written compressed.
-            write_data(
-                qemu_io, "image.qcow2", zero_clusters="0.10" not in options, compressed="preallocation" not in options
-            )
+            write_data(qemu_io, "image.qcow2", zero_clusters="0.10" not in options, compressed="preallocation" not in options)
         return "image.qcow2"
 
     return make

@@ -47,9 +47,7 @@ COMPARISONS = [
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize("flags", [[], ["-s"], ["-q"]])
 @pytest.mark.parametrize("arguments", COMPARISONS)
-def test_compare_is_that_of_qemu_img(
-    blocklib: CommandLine, qemu_img: Program, flags: list[str], arguments: list[str]
-) -> None:
+def test_compare_is_that_of_qemu_img(blocklib: CommandLine, qemu_img: Program, flags: list[str], arguments: list[str]) -> None:
     theirs = qemu_img.run("compare", *flags, *arguments)
     ours = blocklib.run("compare", *flags, *arguments)
     assert (ours.code, ours.out, ours.err) == (theirs.returncode, theirs.stdout, "")
@@ -57,9 +55,7 @@ def test_compare_is_that_of_qemu_img(
 
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize("names", [["top.qcow2", "same.raw"], ["same.raw", "different.raw"]])
-def test_percentages_stand_where_qemu_img_prints_them(
-    blocklib: CommandLine, qemu_img: Program, names: list[str]
-) -> None:
+def test_percentages_stand_where_qemu_img_prints_them(blocklib: CommandLine, qemu_img: Program, names: list[str]) -> None:
     theirs = qemu_img.run("compare", "-p", *names)  # whose carriage returns come as line feeds
     ours = blocklib("compare", "-p", *names, code=theirs.returncode).replace("\r", "\n")
     first, *_between, verdict, nothing, end = theirs.stdout.split("\n")

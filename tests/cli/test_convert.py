@@ -50,9 +50,7 @@ def images(qemu_img: Program, qemu_io: Program, here: Path) -> None:
         pytest.param(["-O", "raw"], 'json:{"driver": "qcow2", "file.filename": "data.qcow2"}', id="json"),
     ],
 )
-def test_the_copy_is_that_of_qemu_img(
-    blocklib: CommandLine, qemu_img: Program, arguments: list[str], source: str
-) -> None:
+def test_the_copy_is_that_of_qemu_img(blocklib: CommandLine, qemu_img: Program, arguments: list[str], source: str) -> None:
     assert qemu_img("convert", *arguments, source, "theirs") == blocklib("convert", *arguments, source, "ours") == ""
     driver = "qcow2" if "qcow2" in arguments else "raw"
     # Strict: the same ranges are data, zero or absent.  With -S, QEMU leaves out smaller ranges that it need not read.

@@ -45,9 +45,7 @@ def base(qemu_img: Program, here: Path) -> Path:
 
 @pytest.mark.usefixtures("base")
 @pytest.mark.parametrize("arguments", CREATIONS)
-def test_create_is_that_of_qemu_img(
-    blocklib: CommandLine, qemu_img: Program, here: Path, arguments: list[str]
-) -> None:
+def test_create_is_that_of_qemu_img(blocklib: CommandLine, qemu_img: Program, here: Path, arguments: list[str]) -> None:
     said = qemu_img("create", *arguments)
     theirs = qemu_img.json("info", "new")
     (here / "new").unlink()
@@ -82,9 +80,7 @@ def test_the_backing_name_is_relative_to_the_new_image(blocklib: CommandLine, ba
 
 
 @pytest.mark.parametrize("spelled", ["base.qcow2", "./base.qcow2", "{here}/base.qcow2"])
-def test_an_image_never_replaces_its_own_backing_file(
-    blocklib: CommandLine, base: Path, here: Path, spelled: str
-) -> None:
+def test_an_image_never_replaces_its_own_backing_file(blocklib: CommandLine, base: Path, here: Path, spelled: str) -> None:
     before = base.read_bytes()
     blocklib.fails("create", "-f", "qcow2", "-b", spelled.format(here=here), "-F", "qcow2", "base.qcow2")
     assert base.read_bytes() == before
@@ -98,9 +94,7 @@ def test_an_image_never_replaces_one_deeper_in_its_chain(blocklib: CommandLine, 
 
 
 @pytest.mark.parametrize("arguments", [["-o", "help"], ["-f", "raw", "-o", "help"], ["-f", "qcow2", "-o", "?"]])
-def test_help_for_options_lists_them_as_qemu_img_does(
-    blocklib: CommandLine, qemu_img: Program, arguments: list[str]
-) -> None:
+def test_help_for_options_lists_them_as_qemu_img_does(blocklib: CommandLine, qemu_img: Program, arguments: list[str]) -> None:
     ours, theirs = blocklib("create", *arguments).splitlines(), qemu_img("create", *arguments).splitlines()
     assert (ours[0], ours[-3:]) == (theirs[0], theirs[-3:])
     names = {line.split("=")[0] for line in theirs}

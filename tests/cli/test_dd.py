@@ -36,9 +36,7 @@ def source(here: Path) -> bytes:
     ],
 )
 @pytest.mark.parametrize("driver", ["raw", "qcow2"])
-def test_dd_is_that_of_qemu_img(
-    blocklib: CommandLine, qemu_img: Program, source: bytes, driver: str, words: list[str]
-) -> None:
+def test_dd_is_that_of_qemu_img(blocklib: CommandLine, qemu_img: Program, source: bytes, driver: str, words: list[str]) -> None:
     arguments = ["dd", "-f", "raw", "-O", driver, *words, "if=source.raw"]
     assert qemu_img(*arguments, "of=theirs") == blocklib(*arguments, "of=ours")
     theirs, ours = (qemu_img.json("info", "-f", driver, name) for name in ("theirs", "ours"))

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.images import MAKERS, Maker, chain, sparse_raw
+from tests.cli.images import chain, sparse_raw
 from tests.cli.running import CommandLine
 from tests.programs import Program
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_map_is_that_of_qemu_img(
-    blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path, make: Maker
-) -> None:
-    name = make(qemu_img, qemu_io)
-    assert blocklib("map", "--output=json", name) == qemu_img("map", "--output=json", name)
-    theirs = qemu_img.run("map", name)
-    ours = blocklib.run("map", name)
+def test_map_is_that_of_qemu_img(blocklib: CommandLine, qemu_img: Program, any_image: str) -> None:
+    assert blocklib("map", "--output=json", any_image) == qemu_img("map", "--output=json", any_image)
+    theirs = qemu_img.run("map", any_image)
+    ours = blocklib.run("map", any_image)
     # Compressed clusters end the human table, in both.
     assert (ours.code, ours.out) == (theirs.returncode, theirs.stdout)
 

@@ -54,9 +54,7 @@ def test_the_new_size_is_there(
         qemu_io("-f", image, "-c", f"read -P 0 4M {expected - 4}M", "image")
 
 
-def test_metadata_of_the_new_part_is_allocated(
-    blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path
-) -> None:
+def test_metadata_of_the_new_part_is_allocated(blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "image", "4M")
     blocklib("resize", "-q", "--preallocation=metadata", "-f", "qcow2", "image", "+4M")
     assert all(entry["present"] for entry in qemu_img.json("map", "image") if entry["start"] >= 4 * ONE_MIB)

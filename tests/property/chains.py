@@ -37,11 +37,17 @@ class ImageSpec:
     cluster_size: int = 64 * KiB
     refcount_bits: int = 16
     compat: Literal["0.10", "1.1"] = "1.1"
+    preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
 
     def create(self, path: Path, below: ChainImage | None) -> ChainImage:
         options: dict[str, int | str] = {}
         if self.format == "qcow2":
-            options = {"cluster_size": self.cluster_size, "compat": self.compat, "refcount_bits": self.refcount_bits}
+            options = {
+                "cluster_size": self.cluster_size,
+                "compat": self.compat,
+                "refcount_bits": self.refcount_bits,
+                "preallocation": self.preallocation,
+            }
         blocklib.create(
             path,
             self.size,

@@ -350,7 +350,7 @@ def test_truncates_from_several_threads_take_turns(tmp_path: Path, qemu_img: Pro
                 disk.truncate(choose.randrange(1, 9000) * SECTOR, shrink=True)
 
         run_together(*(lambda number=number: resize(number) for number in range(THREADS)))  # type: ignore[misc]
-        disk.truncate(1 * MiB)
+        disk.truncate(1 * MiB, shrink=True)
         disk.truncate(64 * KiB, shrink=True)
         content = disk.read(0, 64 * KiB)
     assert_clean(path, content, qemu_img)
@@ -458,3 +458,27 @@ def test_closing_under_load_keeps_every_write_that_returned(tmp_path: Path, qemu
 
     run_together(close, close, *(lambda number=number: write(number) for number in range(THREADS)))  # type: ignore[misc]
     assert_clean(path, content, qemu_img)
+
+
+def test_closing_waits_for_a_truncate(tmp_path: Path, qemu_img: Program) -> None:
+    path = make_overlay(tmp_path, 64 * KiB, {"cluster_size": 512})
+    for turn in range(10):
+        disk = open_overlay(path, "r+")
+        under_way = threading.Barrier(3)
+
+        def resize(disk: Disk = disk, under_way: threading.Barrier = under_way) -> None:
+            choose = random.Random(turn)
+            try:
+                for step in range(1000):
+                    disk.truncate(choose.randrange(128, 9000) * SECTOR, shrink=True)
+                    if step == 1:
+                        under_way.wait(PATIENCE)
+            except ClosedError:
+                return
+
+        def close(disk: Disk = disk, under_way: threading.Barrier = under_way) -> None:
+            under_way.wait(PATIENCE)
+            disk.close()
+
+        run_together(resize, resize, close)
+        qemu_img("check", "-q", path)

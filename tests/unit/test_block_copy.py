@@ -180,6 +180,7 @@ def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("blocklib.jobs.zero_runs.sys.modules", modules)
     else:
         monkeypatch.setattr("blocklib.jobs.zero_runs._FEW_BYTES", 0)
+        monkeypatch.setattr("blocklib.jobs.zero_runs._FEW_BLOCKS", 0)
     return BlockScanner(64)
 
 

@@ -7,7 +7,7 @@ order of the file; its findings then count as often as tables lead to it.  What 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -172,7 +172,7 @@ class Scan:
 
     def _count_l1(self, offset: int, n_entries: int, structure: str, *, active: bool, times: int = 1) -> None:
         self.count_region(structure, offset, n_entries * layout.TABLE_ENTRY_LENGTH, role=structure, times=times)
-        table = read_entries(self.file, offset, n_entries, self.file_size)
+        table = read_entries(self.file, offset, n_entries)
         if active:
             self.active_l1 = table
         places = np.flatnonzero(table)
@@ -317,7 +317,7 @@ class Scan:
         for start in range(0, self.end, _SLICE):
             stop = min(start + _SLICE, self.end)
             stored = self.stored.counts[start:stop]
-            counts = np.minimum(self.counts[start:stop], self._most())
+            counts = np.minimum(self.counts[start:stop], self.most)
             known = self._known(start, stop)
             used = (stored | counts) != 0
             if known is not None:
@@ -332,7 +332,9 @@ class Scan:
             if wrong.any():
                 self._tell_wrong(np.flatnonzero(wrong) + start)
 
-    def _most(self) -> np.unsignedinteger:
+    @property
+    def most(self) -> np.unsignedinteger[Any]:
+        """The largest refcount that the image can store, or that `counts` can hold."""
         return self.counts.dtype.type(min(self.geometry.max_refcount, np.iinfo(self.counts.dtype).max))
 
     def _known(self, start: int, stop: int) -> BoolArray | None:

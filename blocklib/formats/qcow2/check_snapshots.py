@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.check_stored import read_bytes
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.check_findings import Findings
@@ -38,9 +39,8 @@ def load_snapshot_tables(
     complete = True
     position = header.snapshots_offset
     for index in range(header.nb_snapshots):
-        head = bytearray(_ENTRY.size)
-        file.read(position, memoryview(head))
-        l1_offset, l1_size, id_length, name_length, *_, extra_length = _ENTRY.unpack(head)
+        head = read_bytes(file, position, _ENTRY.size)
+        l1_offset, l1_size, id_length, name_length, *_, extra_length = _ENTRY.unpack(head.data)
         reason = _why_unreadable(position - header.snapshots_offset, extra_length)
         if reason:
             findings.add("check-error", f"snapshot table entry {index}", position, *reason)

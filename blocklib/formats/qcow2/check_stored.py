@@ -37,15 +37,17 @@ class ImageFile(Protocol):
 
 
 def read_bytes(file: ImageFile, host_offset: int, length: int) -> NDArray[np.uint8]:
-    """`length` bytes, zeros past the end of the file."""
-    raw = np.empty(length, dtype=np.uint8)
-    file.read(host_offset, raw.data)
+    """`length` bytes, zeros past the end of the file; the host is not asked for offsets that no file can have."""
+    inside = max(0, min(length, file.size - host_offset))
+    raw = np.zeros(length, dtype=np.uint8)
+    if inside:
+        file.read(host_offset, raw.data[:inside])
     return raw
 
 
-def read_entries(file: ImageFile, host_offset: int, n_entries: int, file_size: int) -> U64Array:
+def read_entries(file: ImageFile, host_offset: int, n_entries: int) -> U64Array:
     """The entries of a table of 64-bit numbers, as far as the file reaches; those past its end would be zero."""
-    inside = max(0, min(n_entries * layout.TABLE_ENTRY_LENGTH, file_size - host_offset))
+    inside = max(0, min(n_entries * layout.TABLE_ENTRY_LENGTH, file.size - host_offset))
     whole = -(-inside // layout.TABLE_ENTRY_LENGTH) * layout.TABLE_ENTRY_LENGTH
     return read_bytes(file, host_offset, whole).view(">u8").astype(np.uint64)
 
@@ -65,7 +67,7 @@ class StoredRefcounts:
         self.file_size = file.size
         self._geometry = geometry
         n_entries = geometry.refcount_table_entries(header.refcount_table_clusters)
-        self.table = read_entries(file, header.refcount_table_offset, n_entries, self.file_size)
+        self.table = read_entries(file, header.refcount_table_offset, n_entries)
         """Every entry of the refcount table that lies inside the file."""
         self.counts = np.zeros(n_clusters, dtype=count_type(geometry.refcount_order))
         """Shape (n_clusters,): the stored count of each cluster of the file; 0 where it is unknown."""
@@ -144,7 +146,8 @@ class _OnesByBlock:
         for block in np.unique(blocks[self._row_of[blocks] < 0]).tolist():
             self._row_of[block] = self._load(block)
         bits = self._rows[self._row_of[blocks], (within >> np.uint64(3)).astype(np.intp)]
-        return np.not_equal((bits >> (within & np.uint64(7)).astype(np.uint8)) & np.uint8(1), 0)
+        ones: BoolArray = ((bits >> (within & np.uint64(7)).astype(np.uint8)) & np.uint8(1)) != 0
+        return ones
 
     def _load(self, block: int) -> int:
         """The row of a block; 0 for one that cannot be read."""

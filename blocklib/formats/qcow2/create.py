@@ -72,7 +72,7 @@ def _bad(option: str, text: str) -> OptionError:
 
 
 def write_empty_image(file: Edge, header: Header) -> None:
-    """Write the metadata of an image without data into an empty file, durable on return; completes `header`."""
+    """Write the metadata of an image without data into an empty file or a device, durable on return; completes `header`."""
     geometry = header.geometry()
     header.l1_size = geometry.l1_entries_for(header.size)
     l1_clusters = geometry.l1_clusters_for(header.l1_size)
@@ -86,7 +86,10 @@ def write_empty_image(file: Edge, header: Header) -> None:
     table = zero_table("Q", counts.table_clusters * cluster_size)
     for index in range(counts.blocks):
         table[index] = (first_block + index) * cluster_size
+    was_empty = file.size == 0
     file.truncate(total * cluster_size)
+    if not was_empty:  # a device keeps what it held
+        file.write_zeroes(header.l1_table_offset, l1_clusters * cluster_size, unmap=False)
     file.write(header.refcount_table_offset, (table_to_bytes(table),))
     for index in range(counts.blocks):
         used = min(total - (index << geometry.refcount_block_bits), geometry.refcount_block_entries)

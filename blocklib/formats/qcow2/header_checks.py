@@ -82,15 +82,19 @@ def check_limits(header: Header, limits: Limits, refuse: Refusal) -> None:
     cluster_size = 1 << header.cluster_bits
     largest = min(limits.virtual_size, layout.MAX_VIRTUAL_SIZE)
     if cluster_size > limits.cluster_size:
-        raise refuse("cluster_bits", f"clusters of at most {limits.cluster_size} bytes", ImageLimitError)
+        raise refuse("cluster_bits", f"clusters of at most {limits.cluster_size} bytes (the limit cluster_size)", ImageLimitError)
     if header.size > largest:
-        raise refuse("size", f"at most {largest} bytes", ImageLimitError)
+        raise refuse("size", f"at most {largest} bytes (the limit virtual_size)", ImageLimitError)
     if header.l1_size * layout.TABLE_ENTRY_LENGTH > limits.l1_bytes:
-        raise refuse("l1_size", f"entries of at most {limits.l1_bytes} bytes in all", ImageLimitError)
+        raise refuse("l1_size", f"entries of at most {limits.l1_bytes} bytes in all (the limit l1_bytes)", ImageLimitError)
     if header.refcount_table_clusters * cluster_size > limits.refcount_table_bytes:
-        raise refuse("refcount_table_clusters", f"at most {limits.refcount_table_bytes} bytes in all", ImageLimitError)
+        raise refuse(
+            "refcount_table_clusters",
+            f"at most {limits.refcount_table_bytes} bytes in all (the limit refcount_table_bytes)",
+            ImageLimitError,
+        )
     if header.nb_snapshots > limits.snapshots:
-        raise refuse("nb_snapshots", f"at most {limits.snapshots}", ImageLimitError)
+        raise refuse("nb_snapshots", f"at most {limits.snapshots} (the limit snapshots)", ImageLimitError)
 
 
 def check_compression_type(header: Header, refuse: Refusal) -> None:

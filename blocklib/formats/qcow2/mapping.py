@@ -7,6 +7,7 @@ table that is not cached raises MissingTableError before anything was changed.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from blocklib.errors import ImageCorruptError
@@ -220,27 +221,22 @@ class Mapping:
             j += 1
         return j - index
 
-    def link(self, slice_offset: int, table: Table, index: int, host_offset: int, n: int) -> list[int]:
-        """Point `n` entries at consecutive host clusters of our own; returns the entries as they were."""
-        old = table[index : index + n]
+    def link(self, slice_offset: int, table: Table, index: int, host_offset: int, n: int) -> None:
+        """Point `n` entries at consecutive host clusters of our own."""
         first = host_offset | _COPIED
         if n == 1:
             table[index] = first
         else:
             table[index : index + n] = array("Q", range(first, first + n * self._cluster_size, self._cluster_size))
         self.cache.mark_dirty(slice_offset, index, index + n)
-        return list(old)
 
-    def replace(self, slice_offset: int, table: Table, index: int, entries: Table) -> list[int]:
-        """Put other entries in; returns those that were there."""
-        old = table[index : index + len(entries)]
-        if old == entries:
-            return []
-        table[index : index + len(entries)] = entries
-        self.cache.mark_dirty(slice_offset, index, index + len(entries))
-        return list(old)
+    def replace(self, slice_offset: int, table: Table, index: int, entries: Table) -> None:
+        """Put other entries in."""
+        if table[index : index + len(entries)] != entries:
+            table[index : index + len(entries)] = entries
+            self.cache.mark_dirty(slice_offset, index, index + len(entries))
 
-    def host_clusters_of(self, entries: list[int]) -> list[tuple[int, int]]:
+    def host_clusters_of(self, entries: Iterable[int]) -> list[tuple[int, int]]:
         """The runs (first cluster, number) of host clusters that `entries` refer to, one reference each."""
         runs: list[tuple[int, int]] = []
         bits = self._cluster_bits

@@ -74,9 +74,9 @@ def _load_entries(mapping: Mapping, file: Edge, offset: int, length: int) -> tup
             parts.append(numpy_view(table).copy())
         else:
             mapping.cache.check_inside_file(host_offset)
-            buffer = np.empty(mapping.slice_length, dtype=np.uint8)
+            buffer = bytearray(mapping.slice_length)
             file.read(host_offset, memoryview(buffer))
-            parts.append(buffer.view(">u8").astype(np.uint64))
+            parts.append(np.frombuffer(buffer, dtype=">u8").astype(np.uint64))
     entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
     first = first_slice * slice_bytes
     low = (offset - first) >> geometry.cluster_bits

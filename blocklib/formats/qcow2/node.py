@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
 from blocklib.extents import KIND_BACKING, Run
@@ -22,6 +22,7 @@ from blocklib.formats.qcow2.header import Header, check_supported, header_span, 
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.refcounts import Refcounts
+from blocklib.formats.qcow2.settings import settings_for
 from blocklib.formats.qcow2.tables import read_table
 from blocklib.formats.qcow2.writeback import WriteBack
 from blocklib.node import (
@@ -41,22 +42,18 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.graph import Edge
+    from blocklib.reports import CheckReport, RepairReport
 
 _T = TypeVar("_T")
 
-SUPPORTED_INCOMPATIBLE = (
-    layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
-)
-
-_DEFAULT_L2_CACHE = 32 << 20
-_DEFAULT_REFCOUNT_CACHE = 4 << 20
-_DEFAULT_SLICE = 1 << 16
+SUPPORTED_INCOMPATIBLE = layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
 
 
 class Qcow2Node(Node):
     """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
 
     driver = "qcow2"
+    supports_backing = True
 
     def __init__(
         self,
@@ -114,15 +111,15 @@ class Qcow2Node(Node):
             return
         self._refuse_what_is_not_supported(self.header)
         header, geometry = self.header, self.geometry
-        slice_length = min(geometry.cluster_size, self.options.get("l2-cache-entry-size") or _DEFAULT_SLICE)
+        settings = settings_for(self.options, header, node=self.filename)
         self.mapping = ClusterMapping(
             file,
             geometry,
             read_table(file, "Q", header.l1_table_offset, header.l1_size * 8),
             header.l1_table_offset,
             version=header.version,
-            slice_length=slice_length,
-            cache_bytes=self.options.get("l2-cache-size") or _DEFAULT_L2_CACHE,
+            slice_length=settings.slice_length,
+            cache_bytes=settings.l2_cache,
             node=self.filename,
         )
         self.refcounts = Refcounts(
@@ -130,9 +127,7 @@ class Qcow2Node(Node):
             geometry,
             read_table(file, "Q", header.refcount_table_offset, header.refcount_table_clusters << geometry.cluster_bits),
             header.refcount_table_offset,
-            cache_bytes=max(
-                self.options.get("refcount-cache-size") or _DEFAULT_REFCOUNT_CACHE, 1 << 20, 8 << geometry.cluster_bits
-            ),
+            cache_bytes=max(settings.refcount_cache, 1 << 20, 8 << geometry.cluster_bits),
             node=self.filename,
         )
         self.refcounts.l1_clusters = self._l1_clusters()
@@ -447,6 +442,51 @@ class Qcow2Node(Node):
         if self.read_only:
             return
         self.writeback.flush()
+
+    # -- whole images -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def measure(cls, options: Mapping[str, Any], data_bytes: Callable[[int], int]) -> tuple[int, int]:
+        from blocklib.formats.qcow2.create import header_for
+        from blocklib.formats.qcow2.geometry import measure_size
+
+        header = header_for(options["size"], options)
+        geometry = header.geometry()
+        data = data_bytes(geometry.cluster_size)
+        measured = measure_size(geometry, header.size, data, preallocation=options["preallocation"])
+        return measured.required, measured.fully_allocated
+
+    def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
+        from blocklib.formats.qcow2.check import check_image
+
+        filename = self.filename or self.name
+        return check_image(self.file, self.header, self.geometry, filename=filename, progress=progress)
+
+    def repair(
+        self,
+        what: Literal["leaks", "all"],
+        *,
+        dry_run: bool = False,
+        expect: RepairReport | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> RepairReport:
+        from blocklib.formats.qcow2.repair import repair_image
+
+        filename = self.filename or self.name
+        try:
+            return repair_image(
+                self.file,
+                self.header,
+                self.geometry,
+                what,
+                filename=filename,
+                dry_run=dry_run,
+                expect=expect,
+                progress=progress,
+            )
+        finally:
+            if not dry_run:
+                self.load()  # tables that were read before may have changed
 
     def make_empty(self) -> None:
         """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from blocklib.errors import StalePlanError
 from blocklib.formats.qcow2 import layout
@@ -18,9 +18,7 @@ from blocklib.reports import RepairReport, RepairStep
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
-    from blocklib.formats.qcow2.repair_plan import RepairPlan
-
-What = Literal["leaks", "all"]
+    from blocklib.formats.qcow2.repair_plan import RepairPlan, What
 
 
 class WritableImageFile(Protocol):
@@ -78,7 +76,8 @@ def repair_image(
     if plan.changes_tables:
         was_dirty = header.incompatible_features & layout.INCOMPATIBLE_DIRTY
         _write_changes(file, header, plan)
-        after_scan = scan_image(file, header, geometry, max_findings=max_findings, progress=progress)
+        # Without progress, whose callback may end the work: the dirty bit comes off only after this.
+        after_scan = scan_image(file, header, geometry, max_findings=max_findings, progress=None)
         cleared = _bits_to_clear(header, what, after_scan.is_clean, after_scan.counts_suffice)
         if not was_dirty:  # the bit on disk is ours
             cleared |= header.incompatible_features & layout.INCOMPATIBLE_DIRTY

@@ -98,14 +98,14 @@ class RepairPlan:
 
     def _plan_counts(self) -> None:
         scan = self.scan
-        counts, stored = scan.counts[: scan.end], scan.stored.counts[: scan.end]
+        counts, stored = np.minimum(scan.counts[: scan.end], scan.most), scan.stored.counts[: scan.end]
         low = np.flatnonzero(counts > stored)
         high = np.flatnonzero(counts < stored)
         if self.what == "all":
             self.new_blocks = self._place_new_blocks(low)
         writable = self._usable.copy()
         writable[list(self.new_blocks)] = True
-        up = low[self._in(low, writable) & (counts[low] <= scan.geometry.max_refcount)]
+        up = low[self._in(low, writable)]
         down = high[self._in(high, self._usable)]
         if self.what == "leaks":
             up = up[:0]
@@ -162,7 +162,8 @@ class RepairPlan:
         offset = scan.header.l1_table_offset
         fixes = FlagFixes(scan, self.target)
         fixed, left = fixes.fix(scan.active_l1, reserved=layout.L1_RESERVED_MASK)
-        self._note_flags(_ACTIVE_L1, offset, scan.active_l1, fixed, left, self._is_own(offset))
+        self._flags_left += left
+        self._note_flags(_ACTIVE_L1, offset, scan.active_l1, fixed)
         cluster_size, per_table = scan.geometry.cluster_size, scan.geometry.l2_entries
         tables = scan.walk.tables
         per_batch = max(1, _BATCH_BYTES // cluster_size)
@@ -175,15 +176,14 @@ class RepairPlan:
                 continue
             for row, offset in enumerate(offsets.tolist()):
                 part = slice(row * per_table, (row + 1) * per_table)
-                self._note_flags("L2 table", offset, entries[part], fixed[part], 0, self._is_own(offset))
+                self._note_flags("L2 table", offset, entries[part], fixed[part])
 
-    def _note_flags(self, structure: str, offset: int, entries: U64Array, fixed: U64Array, left: int, writable: bool) -> None:
+    def _note_flags(self, structure: str, offset: int, entries: U64Array, fixed: U64Array) -> None:
         wrong = int(np.count_nonzero(entries != fixed))
-        self._flags_left += left
-        if not writable:
-            self._flags_left += wrong
-        elif wrong:
+        if wrong and self._is_own(offset):
             self.flag_tables.append((structure, offset, wrong))
+        else:
+            self._flags_left += wrong
 
     def _is_own(self, table_offset: int) -> bool:
         """Nothing else lies where this table lies, so writing it harms nothing."""
@@ -203,13 +203,12 @@ class RepairPlan:
         geometry, stored = self.scan.geometry, self.scan.stored
         width = geometry.refcount_bits
         for block, places, values in changes.by_block(geometry.refcount_block_bits):
-            is_new = block in self.new_blocks
             offset = self._block_offset(block)
-            counts = stored.load_block(offset) * (0 if is_new else 1)
+            counts = stored.load_block(offset)  # a new one reads as zero, past the end of the file
             counts[places] = values.astype(counts.dtype)
             raw = pack_refcounts(counts, geometry.refcount_order)
             first, stop = int(places[0]) * width // 8, -(-(int(places[-1]) + 1) * width // 8)
-            yield (offset, raw) if is_new else (offset + first, raw[first:stop])
+            yield (offset, raw) if block in self.new_blocks else (offset + first, raw[first:stop])
 
     def link_writes(self) -> Iterator[tuple[int, bytes]]:
         """The refcount table entries of the new blocks."""
@@ -224,7 +223,7 @@ class RepairPlan:
         for structure, offset, _ in self.flag_tables:
             is_l1 = structure == _ACTIVE_L1
             n_entries = scan.active_l1.size if is_l1 else scan.geometry.l2_entries
-            entries = read_entries(scan.file, offset, n_entries, scan.file_size)
+            entries = read_entries(scan.file, offset, n_entries)
             reserved = layout.L1_RESERVED_MASK if is_l1 else layout.L2_RESERVED_MASK
             fixed, _ = fixes.fix(entries, reserved=reserved)
             changed = np.flatnonzero(fixed != entries)

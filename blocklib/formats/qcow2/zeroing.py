@@ -20,33 +20,47 @@ _REFERENCE = layout.FLAG_COMPRESSED | layout.OFFSET_MASK
 
 
 def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> None:
-    """Make whole clusters read as zero.  With `unmap` their host clusters are given back, otherwise kept."""
+    """Make whole clusters read as zero.  With `unmap` their host clusters are given back, otherwise kept.
+
+    ``discard-no-unref`` keeps them too, but not their space on the host.
+    """
     if node.header.version == layout.VERSION_2:
         # An absent cluster is the only zero there is; the node offers this only where nothing lies below.
         _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
         return
 
+    punch = unmap and _keeps_clusters(node)
+
     def choose(entry: int) -> int:
-        if unmap or entry & layout.FLAG_COMPRESSED or not entry & layout.OFFSET_MASK:
+        if entry & layout.FLAG_COMPRESSED or not entry & layout.OFFSET_MASK or (unmap and not (punch and _is_own(entry))):
             return layout.FLAG_ZERO
         return entry | layout.FLAG_ZERO
 
     # Not even an image without a backing file leaves them out: it may be given one.
-    _each_slice(node, offset, length, choose, skip_unmapped=False)
+    _each_slice(node, offset, length, choose, skip_unmapped=False, punch=punch and node.punches_holes)
 
 
 def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
-    """Give whole clusters back.  They read as zero afterwards; where that cannot be said, nothing is done."""
+    """Give whole clusters back.  They read as zero afterwards; where that cannot be said, nothing is done.
+
+    With ``discard-no-unref`` only their space on the host is given back, and a later write finds them where they were.
+    """
     shows_backing = _shows_backing(node)
     if node.header.version == layout.VERSION_2:
         if not shows_backing:
             _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
         return
 
+    keep = _keeps_clusters(node)
+
     def choose(entry: int) -> int:
+        if keep and _is_own(entry):
+            return entry | layout.FLAG_ZERO
         return layout.FLAG_ZERO if shows_backing or entry & _REFERENCE else entry
 
-    _each_slice(node, offset, length, choose, skip_unmapped=not shows_backing)
+    _each_slice(
+        node, offset, length, choose, skip_unmapped=not shows_backing, punch=keep and node.punches_holes
+    )
 
 
 def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
@@ -76,14 +90,26 @@ def _forget_table(node: Qcow2Node, l1_index: int) -> None:
     node.writeback.freed.append((host_offset >> node.geometry.cluster_bits, 1))
 
 
+def _keeps_clusters(node: Qcow2Node) -> bool:
+    return bool(node.options.get("discard-no-unref"))
+
+
+def _is_own(entry: int) -> bool:
+    """Whether an entry has a whole host cluster that nothing else refers to."""
+    return bool(entry & layout.FLAG_COPIED and entry & layout.OFFSET_MASK and not entry & layout.FLAG_COMPRESSED)
+
+
 def _shows_backing(node: Qcow2Node) -> bool:
     return node.header.backing_name is not None or "backing" in node.children
 
 
 def _each_slice(
-    node: Qcow2Node, offset: int, length: int, choose: Callable[[int], int], *, skip_unmapped: bool
+    node: Qcow2Node, offset: int, length: int, choose: Callable[[int], int], *, skip_unmapped: bool, punch: bool = False
 ) -> None:
-    """Replace the L2 entries of a range by what `choose` makes of each, one L2 slice at a time."""
+    """Replace the L2 entries of a range by what `choose` makes of each, one L2 slice at a time.
+
+    With `punch`, the host gets the space of the clusters that are the range's own afterwards.
+    """
     node.check_usable()
     node.check_writable()
     mapping = node.mapping
@@ -94,12 +120,18 @@ def _each_slice(
             offset += mapping.unmapped_length(offset, min(end, node.geometry.round_up(node.size)) - offset)
             continue
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
-        node.retry(lambda offset=offset, stop=stop: _change(node, offset, stop, choose))  # type: ignore[misc]
+        kept = node.retry(lambda offset=offset, stop=stop: _change(node, offset, stop, choose, punch=punch))  # type: ignore[misc]
+        # At once: whether the old entries or the new ones survive a crash, the range reads as zero.
+        for first, n in kept:
+            node.punch(first, n)
         node.writeback.relieve()
         offset = stop
 
 
-def _change(node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int]) -> None:
+def _change(
+    node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int], *, punch: bool
+) -> list[tuple[int, int]]:
+    """Returns the runs of host clusters to be punched."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
     node.allocations.wait_for_all(offset >> bits, end >> bits)
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
@@ -114,6 +146,7 @@ def _change(node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int]
     freed = mapping.host_clusters_of(lost)  # may raise: nothing has changed yet
     mapping.replace(slice_offset, table, index, after)
     node.writeback.freed.extend(freed)
+    return mapping.host_clusters_of([entry for entry in after if _is_own(entry)]) if punch else []
 
 
 def _chosen(entries: Table, choose: Callable[[int], int]) -> Table:

@@ -1,0 +1,363 @@
+"""The repair of a qcow2 image: what it mends, what it leaves alone, and in which order it writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blocklib.errors import StalePlanError, UnsupportedFeatureError
+from blocklib.formats.qcow2.check import check_image
+from blocklib.formats.qcow2.repair import repair_image
+from blocklib.reports import CheckReport, RepairReport
+from tests.qcow2_bytes import COPIED, CORRUPT, DIRTY, Qcow2Bytes
+
+WIDTHS = pytest.mark.parametrize("refcount_order", range(7), ids=lambda order: f"{1 << order}-bit")
+WHAT = pytest.mark.parametrize("what", ["leaks", "all"])
+
+
+def check(image: Qcow2Bytes) -> CheckReport:
+    header = image.header()
+    return check_image(image, header, header.geometry(), filename="test.qcow2")
+
+
+def repair(image: Qcow2Bytes, what: Any = "all", **arguments: Any) -> RepairReport:
+    header = image.header()
+    report = repair_image(image, header, header.geometry(), what, filename="test.qcow2", **arguments)
+    if header.version >= 3:
+        assert header.incompatible_features == image.features
+    return report
+
+
+def repaired(image: Qcow2Bytes, what: Any = "all") -> CheckReport:
+    """The check after a repair, which is also what a new check finds."""
+    report = repair(image, what)
+    assert report.after is not None
+    found = check(image)
+    assert (found.corruptions, found.leaks, found.check_errors) == (
+        report.after.corruptions,
+        report.after.leaks,
+        report.after.check_errors,
+    )
+    return report.after
+
+
+# What is mended -----------------------------------------------------------------------------------------------------
+
+
+@WHAT
+@WIDTHS
+def test_leaks_are_given_back(refcount_order: int, what: str) -> None:
+    image = Qcow2Bytes(refcount_order=refcount_order)
+    image.set_entry(image.l2_entry(5), 0)
+    image.set_entry(image.l2_entry(3), 0)
+    after = repaired(image, what)
+    assert after.clean
+    assert (after.leaks_fixed, after.corruptions_fixed) == (2, 0)
+    for data, count in zip(image.data, [1, 1, 1, 0, 1, 0]):
+        assert image.refcount(data // image.cluster_size) == count
+
+
+@WIDTHS
+def test_counts_that_are_too_low_are_raised(refcount_order: int) -> None:
+    image = Qcow2Bytes(refcount_order=refcount_order, features=DIRTY)
+    for data in image.data[2:]:
+        image.set_refcount(data // image.cluster_size, 0)
+    after = repaired(image)
+    assert after.clean
+    assert after.corruptions_fixed == 4
+    assert image.features == 0
+
+
+def test_repairing_leaks_leaves_low_counts_and_the_dirty_bit() -> None:
+    image = Qcow2Bytes(features=DIRTY)
+    image.set_refcount(image.l1 // image.cluster_size, 0)
+    image.set_entry(image.l2_entry(0), 0)
+    after = repaired(image, "leaks")
+    assert (after.corruptions, after.leaks, after.leaks_fixed) == (1, 0, 1)
+    assert image.features == DIRTY
+
+
+@WHAT
+@pytest.mark.parametrize("features", [0, DIRTY, CORRUPT, DIRTY | CORRUPT])
+def test_a_sound_image_loses_its_bits_and_nothing_else_is_written(features: int, what: str) -> None:
+    image = Qcow2Bytes(features=features)
+    report = repair(image, what)
+    assert image.features == 0
+    assert len(report.steps) == features.bit_count()
+    assert all(offset == 72 for offset, _ in filter(None, image.log))
+
+
+@WHAT
+def test_copied_flags_are_corrected(what: str) -> None:
+    image = Qcow2Bytes(n_l2=3)
+    for offset in (image.l1 + 8, image.l2_entry(0), image.l2_entry(4)):
+        image.set_entry(offset, image.entry(offset) ^ COPIED)
+    before = bytes(image.bytes)
+    after = repaired(image, what)
+    assert after.clean
+    assert after.corruptions_fixed == 3
+    assert image.entry(image.l2_entry(4)) == image.data[4] | COPIED
+    assert len(image.bytes) == len(before)
+
+
+def test_a_cluster_used_twice_is_counted_twice_and_loses_its_flag() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(1), image.data[0] | COPIED)
+    after = repaired(image)
+    assert after.clean
+    assert (after.corruptions_fixed, after.leaks_fixed) == (3, 1)  # a count and two flags; the cluster that nobody uses
+    assert image.entry(image.l2_entry(0)) == image.entry(image.l2_entry(1)) == image.data[0]
+
+
+def test_lowering_a_count_to_one_sets_the_flag() -> None:
+    image = Qcow2Bytes()
+    image.set_refcount(image.data[0] // image.cluster_size, 2)
+    image.set_entry(image.l2_entry(0), image.data[0])
+    assert repaired(image, "leaks").clean
+    assert image.entry(image.l2_entry(0)) == image.data[0] | COPIED
+
+
+def test_the_corrupt_bit_stays_as_long_as_anything_is_wrong() -> None:
+    image = Qcow2Bytes(features=CORRUPT | DIRTY)
+    image.set_entry(image.l2_entry(0), image.entry(image.l2_entry(0)) | 2)
+    assert not repaired(image).clean
+    assert image.features == CORRUPT
+
+
+# Refcount blocks that do not exist ----------------------------------------------------------------------------------
+
+
+@WIDTHS
+def test_a_missing_refcount_block_is_made_behind_the_end_of_the_file(refcount_order: int) -> None:
+    image = Qcow2Bytes(cluster_bits=9, refcount_order=refcount_order, n_l2=3, n_data=150, features=DIRTY)
+    end = image.size
+    image.set_entry(image.table, 0)
+    after = repaired(image)
+    # The block that was there is unused now: no reference leads to it, and no count says that it is used.
+    assert after.clean
+    assert image.entry(image.table) == end
+    assert image.features == 0
+
+
+def test_a_new_block_that_nothing_counts_gets_a_block_too() -> None:
+    image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_data=1)  # 64 counts in a block
+    end = image.grow(64 - image.n_clusters)
+    assert end < image.size == 64 * 512
+    image.set_entry(image.table, 0)
+    after = repaired(image)
+    assert after.clean
+    assert image.entry(image.table) == 64 * 512
+    assert image.entry(image.table + 8) == 65 * 512
+
+
+def test_without_room_in_the_refcount_table_the_rest_is_mended_and_this_remains() -> None:
+    image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_data=1)
+    room = 64 * 64  # entries in the table times counts in a block
+    data = image.grow(room + 1 - image.n_clusters) + (room - image.n_clusters) * 512
+    image.set_entry(image.l2_entry(7), data | COPIED)
+    image.set_refcount(image.l1 // 512, 0)
+    after = repaired(image)
+    assert (after.corruptions, after.corruptions_fixed) == (2, 1)
+    assert not any(finding.repairable for finding in after.findings if finding.structure == "refcount of a host cluster")
+
+
+def test_no_block_is_made_where_a_damaged_entry_may_point() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l1 + 8, image.size | COPIED)
+    image.bytes[36:40] = (2).to_bytes(4, "big")
+    image.set_entry(image.table, 0)
+    size = image.size
+    assert not repaired(image).clean
+    assert image.size == size
+    assert image.log == []
+
+
+# What is left alone -------------------------------------------------------------------------------------------------
+
+
+@WHAT
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda image: image.set_entry(image.l1, COPIED | 1 << 40),
+        lambda image: image.set_entry(image.l1, image.entry(image.l1) | 512),
+        lambda image: image.set_entry(image.l2_entry(0), COPIED | 1 << 40),
+        lambda image: image.set_entry(image.l2_entry(0), image.entry(image.l2_entry(0)) | 2),
+        lambda image: image.set_entry(image.l2_entry(0), image.l1 | COPIED),
+    ],
+    ids=["L1 outside", "L1 unaligned", "L2 outside", "L2 reserved", "data on metadata"],
+)
+def test_nothing_is_given_back_that_a_damaged_entry_may_have_meant(damage: Any, what: str) -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(5), 0)
+    damage(image)
+    leaks = check(image).leaks
+    assert leaks > 0
+    after = repaired(image, what)
+    assert (after.leaks, after.leaks_fixed) == (leaks, 0)
+
+
+def test_a_refcount_block_that_something_else_uses_is_not_written() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(0), image.blocks[0] | COPIED)
+    image.set_refcount(image.l1 // image.cluster_size, 0)
+    repair(image)
+    block = range(image.blocks[0], image.blocks[0] + image.cluster_size)
+    assert not any(offset in block for offset, _ in filter(None, image.log))
+
+
+def test_a_table_that_guest_data_lies_on_is_not_written() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(0), image.l2[0] | COPIED)
+    image.set_entry(image.l2_entry(1), image.data[1])
+    repair(image)
+    table = range(image.l2[0], image.l2[0] + image.cluster_size)
+    assert not any(offset in table for offset, _ in filter(None, image.log))
+
+
+def test_unreadable_counts_are_not_guessed() -> None:
+    image = Qcow2Bytes(features=DIRTY)
+    image.set_entry(image.table, image.blocks[0] | 512)
+    after = repaired(image)
+    assert after.check_errors == image.n_clusters
+    assert image.features == DIRTY
+    assert image.log == []
+
+
+def test_unsupported_features_are_refused_before_anything_is_written() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(5), 0)
+    header = image.header()
+    header.autoclear_features = 1
+    with pytest.raises(UnsupportedFeatureError):
+        repair_image(image, header, header.geometry(), "all", filename="test.qcow2")
+    assert image.log == []
+
+
+# Plans --------------------------------------------------------------------------------------------------------------
+
+
+def damaged() -> Qcow2Bytes:
+    """Counts too low and too high, wrong flags, a missing block, and the dirty bit."""
+    image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_l2=2, n_data=100, features=DIRTY | CORRUPT)
+    for index in (3, 4, 90):
+        image.set_entry(image.l2_entry(index % 64, index // 64), 0)
+    for index in range(64, 80):
+        image.set_entry(image.l2_entry(index - 64, 1), image.data[index] | COPIED)
+    image.set_entry(image.l2_entry(5), image.data[6] | COPIED)
+    image.set_entry(image.l2_entry(7), image.data[7])
+    image.set_refcount(image.l1 // 512, 0)
+    image.set_entry(image.table + 8, 0)
+    return image
+
+
+def test_a_dry_run_writes_nothing_and_says_what_the_repair_then_does() -> None:
+    image = damaged()
+    before = bytes(image.bytes)
+    plan = repair(image, dry_run=True)
+    assert image.log == []
+    assert image.bytes == before
+    assert plan.after is None
+    report = repair(image, expect=plan)
+    assert report.steps == plan.steps
+    assert report.before == plan.before
+    assert {step.action for step in report.steps} == {
+        "raise refcounts",
+        "link refcount block",
+        "correct copied flags",
+        "lower refcounts",
+        "clear dirty bit",
+        "clear corrupt bit",
+    }
+    assert all(str(step) for step in report.steps)
+
+
+def test_a_repair_that_would_differ_from_its_plan_is_not_made() -> None:
+    image = damaged()
+    plan = repair(image, dry_run=True)
+    image.set_refcount(image.data[10] // 512, 3)
+    with pytest.raises(StalePlanError):
+        repair(image, expect=plan)
+    assert image.log == []
+
+
+def test_a_second_repair_has_nothing_to_do() -> None:
+    image = damaged()
+    assert repaired(image).clean
+    image.log.clear()
+    assert repair(image).steps == ()
+    assert image.log == []
+
+
+def test_a_step_names_a_few_runs_and_counts_the_rest() -> None:
+    image = Qcow2Bytes(n_data=60)
+    for index in range(0, 60, 2):
+        image.set_entry(image.l2_entry(index), 0)
+    (step,) = repair(image, dry_run=True).steps
+    assert step.before.count("cluster ") == 4
+    assert step.before.endswith("and 26 more")
+
+
+# Crashes ------------------------------------------------------------------------------------------------------------
+
+
+def too_low(report: CheckReport) -> set[int | None]:
+    structure = "refcount of a host cluster"
+    return {found.host_offset for found in report.findings if found.structure == structure and found.kind == "corruption"}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_crash_at_any_write_makes_no_count_too_low(version: int) -> None:
+    image = damaged()
+    if version == 2:
+        image = Qcow2Bytes(version=2, n_data=40)
+        for index in (3, 4):
+            image.set_entry(image.l2_entry(index), 0)
+        image.set_entry(image.l2_entry(5), image.data[6] | COPIED)
+        image.set_refcount(image.l1 // image.cluster_size, 0)
+    start = bytes(image.bytes)
+    low_before = too_low(check(image))
+    assert repaired(image).clean
+    log, end = image.log, bytes(image.bytes)
+    image.bytes = bytearray(start)
+    for event in log:
+        if event is not None:
+            image.apply(*event)
+            # A new block behind the old end is in use, and counted, as soon as the table points at it.
+            assert too_low(check(image)) <= low_before
+    assert image.bytes == end
+
+
+def test_every_phase_is_durable_before_the_next() -> None:
+    image = damaged()
+    tables = {"header": 0, "table": image.table, "l1": image.l1, **{f"l2 {i}": l2 for i, l2 in enumerate(image.l2)}}
+    size = image.size
+    repair(image)
+    phases: list[set[str]] = [set()]
+    for event in image.log:
+        if event is None:
+            phases.append(set())
+            continue
+        offset = event[0] // 512 * 512
+        names = [name for name, place in tables.items() if place == offset]
+        phases[-1].add(names[0] if names else "new block" if event[0] >= size else "refcounts")
+    assert phases[-1] == set()  # a flush comes last
+    assert phases[:-1] == [
+        {"refcounts", "new block"},
+        {"table"},
+        {"l2 0"},
+        {"refcounts"},
+        {"header"},
+    ]
+
+
+def test_a_crash_between_wrong_flags_and_counts_leaves_the_dirty_bit() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(1), image.data[0] | COPIED)
+    repair(image)
+    features = [int.from_bytes(event[1], "big") for event in image.log if event is not None and event[0] == 72]
+    assert features == [DIRTY, 0]
+    assert image.log[0] is not None
+    assert image.log[0][0] == 72
+    assert image.log[1] is None
