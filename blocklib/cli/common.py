@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from blocklib.cli.getopt import Given, Option, UsageFailure
+from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
 from blocklib.errors import BlocklibError, UsageError
 from blocklib.sizes import parse_size
@@ -146,6 +147,15 @@ def open_image(
         discard=discard,
         force_share=share and given.has("-U"),
         backing=None if alone else FROM_IMAGE,
+    )
+
+
+def warn_of_guess(session: Session, filename: str) -> None:
+    """Say what follows from a format that was guessed, for an image that is written."""
+    print_error(
+        session.program,
+        f"warning: {filename} was taken for a raw image, so writes that would make it look like another format fail"
+        " (-f raw says that it is raw)",
     )
 
 

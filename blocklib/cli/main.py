@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from blocklib.cli.getopt import HELP, Given, Syntax, UsageFailure, help_text, parse
 from blocklib.cli.output import print_error
 from blocklib.cli.session import EXIT_INTERRUPTED, Failure, Interrupted, Session, run_in_worker
+from blocklib.errors import BlocklibError, JobCancelled
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -60,11 +61,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     try:
         code = _dispatch(session, list(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _leave_broken_pipe()
     except KeyboardInterrupt:  # before or after the command's own work, where there is nothing to undo
         return EXIT_INTERRUPTED
     except Exception as exc:  # the edge: whatever went wrong becomes one line
+        if isinstance(exc, OSError) and not isinstance(exc, BlocklibError):
+            return _give_up_output(session, exc)
         return _report(session, exc)
     return code
 
@@ -140,7 +141,6 @@ def _overview(program: str) -> str:
 def _report(session: Session, exc: Exception) -> int:
     """Say in one line what went wrong, and give the exit code for it."""
     from blocklib.cli.common import explain
-    from blocklib.errors import BlocklibError, JobCancelled
 
     if session.debug:
         from traceback import print_exception
@@ -153,6 +153,8 @@ def _report(session: Session, exc: Exception) -> int:
         text = str(exc)
     elif isinstance(exc, BlocklibError):
         text = explain(exc)
+    elif isinstance(exc, OSError):
+        text = f"{exc.filename or 'output'}: {exc.strerror}"
     else:
         about = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
         text = f"internal error: {about} (--debug shows where)"
@@ -160,12 +162,13 @@ def _report(session: Session, exc: Exception) -> int:
     return exc.code if isinstance(exc, Failure) else _EXIT_FAILED
 
 
-def _leave_broken_pipe() -> int:
-    """Whoever read our output has gone: end in silence.
+def _give_up_output(session: Session, exc: OSError) -> int:
+    """What we print cannot be written: the reader has gone, which is no error of ours, or there is no space.
 
     What is still buffered must go somewhere, or the interpreter would complain about it when it exits.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return _EXIT_BROKEN_PIPE
+    if sys.stdout is sys.__stdout__:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return _EXIT_BROKEN_PIPE if isinstance(exc, BrokenPipeError) else _report(session, exc)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blocklib.cli.common import FORMAT, IMAGE_OPTS, OBJECT, QUIET, check_objects, name_of, open_image, size_value
+from blocklib.cli.common import (
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    QUIET,
+    check_objects,
+    name_of,
+    open_image,
+    size_value,
+    warn_of_guess,
+)
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
-from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
 from blocklib.sizes import MAX_SIZE
 
@@ -46,8 +55,7 @@ def run(session: Session, given: Given) -> int:
             raise Failure("--preallocation is for images that grow")
         disk.truncate(size, shrink=given.has("--shrink"), preallocation=mode)
     if guessed:
-        # Worth a line, since a guest can make its raw disk look like an image of any format.
-        print_error(session.program, f"warning: {filename} was taken for a raw image (-f raw says that it is one)")
+        warn_of_guess(session, filename)
     if not given.has("-q"):
         print("Image resized.")
     return 0

@@ -85,7 +85,7 @@ def convert(
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads")
     if isinstance(target, Disk):
-        if format is not None or overwrite or options or backing is not None:
+        if format not in (None, target.node.driver) or overwrite or options or backing is not None:
             raise UsageError("format, overwrite, options and backing are for a target that is created, not for an open disk")
         end: Disk | NewImage = target
     else:
@@ -129,10 +129,8 @@ class _Convert(Task[ConvertResult]):
         began = time.monotonic()
         with ExitStack() as stack:
             source = Concatenation([stack.enter_context(opened(item)) for item in self.sources])
-            if isinstance(self.target, Disk):
-                target = self.target
-            else:
-                target = stack.enter_context(self.target.make(source.size))
+            new = self.target.make(source.size) if isinstance(self.target, NewImage) else opened(self.target, "r+")
+            target = stack.enter_context(new)
             if target.size < source.size:
                 raise OutOfRangeError(f"the target has {target.size} bytes, {source.size} are to be copied")
             control.set_total(source.size)

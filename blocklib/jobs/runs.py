@@ -147,18 +147,17 @@ def pieces(runs: Iterable[Run]) -> Iterator[Piece]:
     """Cut runs into pieces, in order."""
     piece = Piece(0, -1)
     for offset, length, what in runs:
-        if what in (SKIP, ZERO):
-            piece.add(offset, length, what)
-            continue
         end = offset + length
         while offset < end:
-            window = offset // PIECE * PIECE
-            if piece.window < 0:
-                piece.window = window
-            elif piece.window != window or len(piece.runs) >= _MOST_RUNS:
+            n, window = end - offset, piece.window
+            if what in (COPY, COMPARE):
+                window = offset // PIECE * PIECE
+                n = min(end, window + PIECE) - offset
+            if len(piece.runs) >= _MOST_RUNS or piece.window not in (-1, window):
                 yield piece
-                piece = Piece(piece.index + 1, window)
-            n = min(end, window + PIECE) - offset
+                piece = Piece(piece.index + 1, -1)
+            if what in (COPY, COMPARE):
+                piece.window = window
             piece.add(offset, n, what)
             offset += n
     if piece.length:

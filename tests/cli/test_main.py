@@ -155,6 +155,14 @@ def test_a_reader_that_goes_away_ends_the_run_in_silence(blocklib: CommandLine, 
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_one_line(blocklib: CommandLine, here: Path) -> None:
+    blocklib("create", "-q", "-f", "raw", "image", "1M")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*MODULE, "info", "image"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "blocklib: output: No space left on device\n")
+
+
 def _throttled_convert(here: Path) -> subprocess.Popen[str]:
     """A convert that takes long, and has begun."""
     (here / "image").write_bytes(b"x" * (4 << 20))
@@ -225,3 +233,14 @@ def test_an_interrupt_before_the_work_begins_is_the_same(monkeypatch: pytest.Mon
     with redirect_stderr(io.StringIO()) as err:
         assert main(["info", "a"], program="blocklib") == 130
     assert err.getvalue() == ""
+
+
+def test_a_command_imports_neither_other_commands_nor_what_only_they_need(blocklib: CommandLine, here: Path) -> None:
+    blocklib("create", "-q", "-f", "qcow2", "image", "64M")
+    code = "import sys; from blocklib.cli.main import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    done = _run(sys.executable, "-c", code, "info", "--output=json", "image", cwd=here)
+    assert done.returncode == 0
+    imported = set(done.stderr.split())
+    assert "blocklib.cli.info" in imported
+    assert not {"argparse", "rich", "asyncio", "numpy", "numba", "blocklib.jobs"} & imported
+    assert not {f"blocklib.cli.{command}" for command in COMMANDS if command != "info"} & imported

@@ -29,8 +29,8 @@ class RecordingNode(Node):
     driver = "recording"
     is_leaf = True
 
-    def __init__(self, name: str = "recording", *, data: bytes = b"") -> None:
-        super().__init__(name, None, read_only=False)
+    def __init__(self, *, data: bytes = b"") -> None:
+        super().__init__(None, None, read_only=False)
         self.discard_passes = True
         self.data = bytearray(data)
         self.size = len(data)

@@ -9,15 +9,20 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import blocklib
 from blocklib.disk import Disk
-from blocklib.graph import ALL, Transaction
+from blocklib.errors import StorageError
+from blocklib.formats.qcow2.create import header_for, write_empty_image
+from blocklib.formats.qcow2.node import Qcow2Node
+from blocklib.graph import Transaction
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
+from blocklib.options import check_options
 from tests.crash.recording import SECTOR, RecordingNode
 
 ZERO = 0
+BASE = 1 << 60
+"""Sector n of a backing file is stamped BASE + n."""
 _STAMP = struct.Struct(">Q")
 
 
@@ -38,34 +43,55 @@ class _Change:
     ended: int
     stamp: int
     sure: bool
-    """Whether the sector has this content afterwards, or may have kept the one before (a discard)."""
+    """Whether the sector has this content afterwards, or may have kept the one before (a discard, a failed write)."""
 
 
 class History:
     """What was done to each sector, in terms of positions in the log of the recording disk."""
 
-    def __init__(self, disk: RecordingNode) -> None:
+    def __init__(self, disk: RecordingNode, *, base_sectors: int = 0) -> None:
         self._disk = disk
+        self._base_sectors = base_sectors
         self._changes: dict[int, list[_Change]] = {}
         self._flushes: list[tuple[int, int]] = []  # (begun, ended)
 
     def change(self, request: Callable[[], object], first: int, n: int, stamp: int, *, sure: bool = True) -> None:
         """Run a request that gives sectors [first, first + n) a content."""
         begun = len(self._disk.log)
-        request()
-        change = _Change(begun, len(self._disk.log), stamp, sure)
-        for sector in range(first, first + n):
-            self._changes.setdefault(sector, []).append(change)
+        try:
+            request()
+        except StorageError:
+            sure = False
+            raise
+        finally:
+            change = _Change(begun, len(self._disk.log), stamp, sure)
+            for sector in range(first, first + n):
+                self._changes.setdefault(sector, []).append(change)
 
     def flush(self, request: Callable[[], object]) -> None:
         begun = len(self._disk.log)
         request()
         self._flushes.append((begun, len(self._disk.log)))
 
-    def allowed(self, sector: int, cut: int) -> set[int]:
-        """What a sector may read as after a crash at `cut`."""
+    def allowed(self, cut: int) -> Callable[[int], set[int]]:
+        """What each sector may read as after a crash at `cut`."""
         durable = max((begun for begun, ended in self._flushes if ended <= cut), default=-1)
-        allowed = {ZERO}
+        known: dict[int, set[int]] = {}
+
+        def of_sector(sector: int) -> set[int]:
+            if sector not in known:
+                known[sector] = self._contents(sector, cut, durable)
+            return known[sector]
+
+        return of_sector
+
+    def now(self, sector: int) -> set[int]:
+        """What a sector may read as with nothing lost."""
+        end = len(self._disk.log)
+        return self._contents(sector, end, end)
+
+    def _contents(self, sector: int, cut: int, durable: int) -> set[int]:
+        allowed = {BASE + sector if sector < self._base_sectors else ZERO}
         for change in self._changes.get(sector, ()):
             if change.begun > cut:
                 break
@@ -74,31 +100,9 @@ class History:
             allowed.add(change.stamp)
         return allowed
 
-    def now(self, sector: int) -> set[int]:
-        """What a sector may read as with nothing lost."""
-        allowed = {ZERO}
-        for change in self._changes.get(sector, ()):
-            if change.sure:
-                allowed = set()
-            allowed.add(change.stamp)
-        return allowed
-
-
-def disk_on(node: Node, *, writable: bool, options: Mapping[str, int] | None = None) -> Disk:
-    """The qcow2 image that is stored in `node`, opened; the node lives as long as the test."""
-    with Transaction() as change:
-        change.attach(None, "test", node, wanted=CONSISTENT_READ, shared=ALL)
-    below = Disk(node, "r")
-    return blocklib.open(
-        {"driver": "qcow2", "file": below, "discard": "unmap", **(options or {})}, "r+" if writable else "r"
-    )
-
 
 def new_image(size: int, options: Mapping[str, int | str]) -> bytes:
     """The bytes of an empty image."""
-    from blocklib.formats.qcow2.create import header_for, write_empty_image
-    from blocklib.options import check_options
-
     node = RecordingNode()
     with Transaction() as change:
         edge = change.attach(None, "create", node, wanted=CONSISTENT_READ | WRITE | RESIZE)
@@ -106,47 +110,94 @@ def new_image(size: int, options: Mapping[str, int | str]) -> bytes:
     return bytes(node.data)
 
 
+def disk_on(
+    file: Node, *, writable: bool = True, options: Mapping[str, int] | None = None, backing: Disk | None = None
+) -> Disk:
+    """The qcow2 image that is stored in `file`, opened with ``discard=unmap``."""
+    typed = check_options("qcow2", {**(options or {}), "file": {}})
+    node = Qcow2Node.from_options(typed, read_only=not writable)
+    node.discard_passes = True
+    with Transaction() as change:
+        change.attach(node, "file", file)
+        if backing is not None:
+            change.attach(node, "backing", backing.node)
+    node.load()
+    disk = Disk(node, "r+" if writable else "r")
+    if writable:
+        node.activate()
+    return disk
+
+
+def base_disk(sectors: int) -> Disk:
+    """A backing file with a stamp in each sector."""
+    file = RecordingNode(data=new_image(sectors * SECTOR, {}))
+    with disk_on(file) as disk:
+        disk.write(0, b"".join(stamped(BASE + sector) for sector in range(sectors)))
+    return disk_on(RecordingNode(data=bytes(file.data)), writable=False)
+
+
+@dataclass
 class Worker:
     """One thread's requests: to its own stripes of the disk, decided by its own seed."""
 
-    def __init__(self, disk: Disk, history: History, number: int, n_workers: int, *, stripe: int, seed: int) -> None:
-        self._disk = disk
-        self._history = history
-        self._number = number
-        self._n_workers = n_workers
-        self._stripe = stripe
-        self._rnd = random.Random(f"{seed}/{number}")
-        self._stamps = iter(range((number + 1) << 32, (number + 2) << 32))
+    disk: Disk
+    history: History
+    number: int
+    n_workers: int
+    stripe: int
+    """Sectors; neighbouring stripes belong to different workers."""
+    seed: int
+    resizes: bool = False
+    _rnd: random.Random = field(init=False)
+    _next_stamp: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rnd = random.Random(f"{self.seed}/{self.number}")
+        self._next_stamp = (self.number + 1) << 32
 
     def run(self, n_requests: int) -> None:
+        """Make requests; one that the recording disk makes fail is passed over."""
         for _ in range(n_requests):
-            self._one_request()
+            try:
+                self._one_request()
+            except StorageError as exc:
+                assert exc.operation == "injected", exc
+
+    def write_somewhere(self, n_times: int) -> None:
+        """Write stamps without keeping a history, then flush."""
+        for _ in range(n_times):
+            first, n = self._place()
+            self.disk.write(first * SECTOR, stamped(BASE - 1) * n)
+        self.disk.flush()
 
     def _place(self) -> tuple[int, int]:
         """(first sector, number of sectors) inside one of our stripes."""
-        sectors = self._disk.size // SECTOR
-        stripes = -(-sectors // self._stripe)
-        stripe = self._rnd.randrange(self._number, max(stripes, self._number + 1), self._n_workers)
-        start = stripe * self._stripe
-        end = min(sectors, start + self._stripe)
+        sectors = self.disk.size // SECTOR
+        stripes = -(-sectors // self.stripe)
+        stripe = self._rnd.randrange(self.number, max(stripes, self.number + 1), self.n_workers)
+        start = stripe * self.stripe
+        end = min(sectors, start + self.stripe)
         if start >= end:
             return 0, 0
-        first = self._rnd.randrange(start, end)
-        if self._rnd.random() < 0.3:
+        if self._rnd.random() < 0.2:
             return start, end - start
-        return first, self._rnd.randrange(1, end - first + 1)
+        first = self._rnd.randrange(start, end)
+        return first, min(end - first, self._rnd.choice((1, 2, 9, 70, 300)))
 
     def _one_request(self) -> None:
-        rnd, disk, history = self._rnd, self._disk, self._history
+        rnd, disk, history = self._rnd, self.disk, self.history
         first, n = self._place()
         offset, length = first * SECTOR, n * SECTOR
         kind = rnd.random()
         if kind < 0.08:
             history.flush(disk.flush)
+        elif self.resizes and kind < 0.12:
+            self._resize()
         elif not n:
             return
         elif kind < 0.7:
-            stamp = next(self._stamps)
+            self._next_stamp += 1
+            stamp = self._next_stamp
             history.change(lambda: disk.write(offset, stamped(stamp) * n), first, n, stamp)
         elif kind < 0.8:
             unmap = rnd.random() < 0.5
@@ -154,13 +205,17 @@ class Worker:
         elif kind < 0.92:
             history.change(lambda: disk.discard(offset, length), first, n, ZERO, sure=False)
         else:
-            self._read(first, n)
+            difference = difference_in(disk.read(offset, length), history.now, first)
+            assert difference is None, difference
 
-    def _read(self, first: int, n: int) -> None:
-        data = self._disk.read(first * SECTOR, n * SECTOR)
-        for index in range(n):
-            found = stamp_of(data[index * SECTOR : (index + 1) * SECTOR])
-            assert found in self._history.now(first + index), f"sector {first + index} reads {found}"
+    def _resize(self) -> None:
+        disk, history = self.disk, self.history
+        before = disk.size // SECTOR
+        after = max(1, before + self._rnd.choice((-300, -7, 5, 90, 700)))
+        if after < before:  # what is cut off may be there again if the host crashes
+            history.change(lambda: disk.truncate(after * SECTOR, shrink=True), after, before - after, ZERO, sure=False)
+        else:
+            history.change(lambda: disk.truncate(after * SECTOR), before, after - before, ZERO)
 
 
 def run_workers(workers: list[Worker], n_requests: int) -> None:
@@ -173,22 +228,20 @@ def run_workers(workers: list[Worker], n_requests: int) -> None:
         except BaseException as exc:
             failures.append(exc)
 
-    if len(workers) == 1:
-        workers[0].run(n_requests)
-        return
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers[1:]]
     for thread in threads:
         thread.start()
+    work(workers[0])
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
 
 
-def difference(data: bytes, expected: Callable[[int], set[int]]) -> str | None:
-    """The first sector of the disk's content `data` that is not as expected, in words; None where all are."""
-    for sector in range(len(data) // SECTOR):
-        found = stamp_of(data[sector * SECTOR : (sector + 1) * SECTOR])
-        if found not in expected(sector):
-            return f"sector {sector} reads {found}, expected one of {sorted(expected(sector))}"
+def difference_in(data: bytes, expected: Callable[[int], set[int]], first: int = 0) -> str | None:
+    """The first sector of `data`, which begins at sector `first`, that is not as expected, in words; None where all are."""
+    for index in range(len(data) // SECTOR):
+        found = stamp_of(data[index * SECTOR : (index + 1) * SECTOR])
+        if found not in expected(first + index):
+            return f"sector {first + index} reads {found}, expected one of {sorted(expected(first + index))}"
     return None

@@ -219,7 +219,7 @@ def test_numbers_agree_for_compressed_clusters(make: Maker, cluster_size: int, c
 
 @pytest.mark.parametrize("options", ["", "compat=0.10", "cluster_size=4k,refcount_bits=8", "cluster_size=512"])
 def test_numbers_agree_with_snapshots(make: Maker, options: str) -> None:
-    image = make("write 0 500k", "write -c 600k 64k", options=options, size="4M", snapshots=3)
+    image = make("write 0 500k", "write -c 640k 64k", options=options, size="4M", snapshots=3)
     report = make.assert_same(image)
     assert report.clean
     assert image.header().nb_snapshots == 3

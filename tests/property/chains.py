@@ -1,4 +1,4 @@
-"""Random backing chains and the plain bytes they should read as: what the property tests share."""
+"""Backing chains and the plain bytes they should read as: what property and interop tests share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from hypothesis import strategies as st
-
 import blocklib
 from blocklib import KiB, MiB
 
-CLUSTER_SIZES: Final = (512, 4 * KiB, 64 * KiB, 1 * KiB, 2 * MiB)
-WIDTHS: Final = (16, 1, 64, 2, 8, 4, 32)
 SECTOR: Final = 512
 MAX_SIZE: Final = 5 * MiB
 CacheMode: TypeAlias = Literal["writeback", "writethrough", "none", "directsync", "unsafe"]
@@ -101,38 +97,6 @@ class ChainImage:
         self.content.extend(bytes(size - self.size))
 
 
-def sizes(cluster_size: int) -> st.SearchStrategy[int]:
-    """Virtual sizes that matter for a cluster size: few clusters or many, whole ones or not; multiples of 512."""
-    most = MAX_SIZE // SECTOR
-    few = st.integers(1, max(1, min(most, 5 * cluster_size // SECTOR)))
-    l2_table = cluster_size // 8 * cluster_size // SECTOR
-    around_tables = st.builds(
-        lambda tables, delta: max(1, min(most, tables * l2_table + delta)), st.integers(1, 3), st.integers(-2, 2)
-    )
-    return st.one_of(few, around_tables, st.integers(1, most)).map(lambda sectors: sectors * SECTOR)
-
-
-@st.composite
-def image_specs(draw: st.DrawFn, *, raw: bool = False) -> ImageSpec:
-    if raw and draw(st.booleans()):
-        return ImageSpec(draw(sizes(4 * KiB)), "raw")
-    cluster_size = draw(st.sampled_from(CLUSTER_SIZES))
-    size = draw(sizes(cluster_size))
-    compat: Literal["0.10", "1.1"] = draw(st.sampled_from(("1.1", "0.10")))
-    width = draw(st.sampled_from(WIDTHS)) if compat == "1.1" else 16
-    return ImageSpec(size, "qcow2", cluster_size, width, compat)
-
-
-def chain_specs(max_images: int) -> st.SearchStrategy[list[ImageSpec]]:
-    """The images of a chain, the base (which may be raw) first, the top a qcow2 image."""
-    return st.builds(
-        lambda base, others, top: [*base, *others, top],
-        st.lists(image_specs(raw=True), max_size=1),
-        st.lists(image_specs(), max_size=max_images - 2),
-        image_specs(),
-    )
-
-
 @dataclass(frozen=True)
 class Place:
     """A range in units that shrink well: made absolute by the disk it is used on."""
@@ -149,16 +113,6 @@ class Place:
         return offset, min(length, size - offset)
 
 
-_DELTAS: Final = st.one_of(st.just(0), st.sampled_from((1, -1, 512, -512, 4096)), st.integers(-70_000, 70_000))
-
-
-def places() -> st.SearchStrategy[Place]:
-    """Ranges at and around cluster boundaries, small and large, aligned or not."""
-    cluster = st.one_of(st.integers(0, 4), st.integers(0, MAX_SIZE // SECTOR))
-    clusters = st.sampled_from((1, 0, 2, 3, 8, 70, 700))
-    return st.builds(Place, cluster, _DELTAS, clusters, _DELTAS)
-
-
 @dataclass(frozen=True)
 class Change:
     """One request that changes a disk."""
@@ -169,26 +123,28 @@ class Change:
 
     def apply(self, disk: blocklib.Disk, image: ChainImage, *, discard_passes: bool) -> None:
         """Send it to the disk, and do the same to what the disk should read as."""
-        offset, length = self.place.on(image.size, image.spec.cluster_size)
+        self.send(disk, image.spec.cluster_size)
+        self.note(image, discard_passes=discard_passes)
+
+    def send(self, disk: blocklib.Disk, cluster_size: int) -> None:
+        offset, length = self.place.on(disk.size, cluster_size)
         if self.kind == "write":
-            data = noise(self.seed, length)
-            disk.write(offset, data)
-            image.write(offset, data)
+            disk.write(offset, noise(self.seed, length))
         elif self.kind == "write zero bytes":
             disk.write(offset, bytes(length))
-            image.zero(offset, length)
         elif self.kind == "discard":
             disk.discard(offset, length)
-            if discard_passes:
-                image.discard(offset, length)
         else:
             disk.write_zeroes(offset, length, unmap=self.kind == "zero and unmap")
+
+    def note(self, image: ChainImage, *, discard_passes: bool) -> None:
+        offset, length = self.place.on(image.size, image.spec.cluster_size)
+        if self.kind == "write":
+            image.write(offset, noise(self.seed, length))
+        elif self.kind != "discard":
             image.zero(offset, length)
-
-
-def changes() -> st.SearchStrategy[Change]:
-    kinds = st.sampled_from(("write", "write", "write zero bytes", "zero", "zero and unmap", "discard"))
-    return st.builds(Change, kinds, places(), st.integers(0, 1000))
+        elif discard_passes:
+            image.discard(offset, length)
 
 
 def build_chain(folder: Path, specs: Sequence[ImageSpec], fills: Sequence[Sequence[Change]]) -> list[ChainImage]:

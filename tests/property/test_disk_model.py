@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pytest
 from hypothesis import strategies as st
@@ -25,17 +24,12 @@ from tests.property.chains import (
     ImageSpec,
     Place,
     build_chain,
-    chain_specs,
-    changes,
     first_difference,
-    image_specs,
     open_image,
-    places,
-    sizes,
 )
+from tests.property.strategies import chain_specs, changes, image_specs, places, sizes
 
 MAX_IMAGES: Final = 5
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _direct_io_works(folder: str) -> bool:
@@ -136,25 +130,35 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(spec=image_specs(), how=opened())
     def lay_an_overlay_over_it(self, spec: ImageSpec, how: dict[str, Any]) -> None:
         self._close()
-        path = self.folder / f"overlay{len(os.listdir(self.folder))}.qcow2"
+        path = self.folder / f"overlay{len(self.images)}.qcow2"
         self.images.append(spec.create(path, self.top))
         self._open(how)
 
     @precondition(lambda self: len(self.images) > 1)
-    @rule(data=st.data(), how=opened())
-    def commit(self, data: st.DataObject, how: dict[str, Any]) -> None:
-        """What the top holds goes into an image below it; the top reads as before."""
-        depth = data.draw(st.integers(1, len(self.images) - 1), label="depth of the base")
-        base, between = self.images[-1 - depth], self.images[-depth:-1]
-        empty = data.draw(st.booleans()) if depth == 1 else True
+    @rule(depth=st.integers(1, MAX_IMAGES - 1), empty=st.booleans(), how=opened())
+    def commit(self, depth: int, empty: bool, how: dict[str, Any]) -> None:
+        """What the closed top holds goes into an image below it; the top reads as before."""
         self._close()
-        name = str(base.path) if depth > 1 else None
-        blocklib.commit(self.top.path, base=name, empty=empty, format="qcow2", references="allow")
-        base.resize(max(base.size, self.top.size))
-        base.write(0, bytes(self.top.content))
-        for image in between:
-            image.is_valid = False
+        self._commit(self.top.path, depth, empty)
         self._open(how)
+
+    @precondition(lambda self: len(self.images) > 1)
+    @rule(depth=st.integers(1, MAX_IMAGES - 1), empty=st.booleans())
+    def commit_while_open(self, depth: int, empty: bool) -> None:
+        assert self.disk is not None
+        self._commit(self.disk, depth, empty)
+
+    def _commit(self, target: Path | blocklib.Disk, depth: int, empty: bool) -> None:
+        base = max(0, len(self.images) - 1 - depth)
+        path = self.images[base].path
+        if base == len(self.images) - 2:
+            blocklib.commit(target, empty=empty, format="qcow2", references="allow")
+        else:
+            blocklib.commit(target, base=path, format="qcow2", references="allow")
+        self.images[base].resize(max(self.images[base].size, self.top.size))
+        self.images[base].write(0, bytes(self.top.content))
+        for image in self.images[base + 1 : -1]:
+            image.is_valid = False
 
     def teardown(self) -> None:
         try:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from blocklib import status
 from blocklib.disk import Disk
 from blocklib.extents import Extent, join_extents
-from tests.property.chains import Change, ImageSpec, Place, build_chain, chain_specs, changes, open_image, places
+from tests.property.chains import Change, ImageSpec, Place, build_chain, open_image
+from tests.property.strategies import chain_specs, changes, places
 
 
 @st.composite

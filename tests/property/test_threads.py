@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -288,7 +289,7 @@ def test_threads_that_copy_one_cluster_for_different_sectors_lose_nothing(
                     disk.write(sector * SECTOR, data)
                     content[sector * SECTOR : (sector + 1) * SECTOR] = data
 
-        run_together(*(lambda number=number: write_own_sectors(number) for number in range(THREADS)))  # type: ignore[misc]
+        run_together(*(partial(write_own_sectors, number) for number in range(THREADS)))
         assert not first_difference(disk.read(0, size), content)
     assert_clean(path, content, qemu_img)
 
@@ -331,10 +332,7 @@ def test_writers_beside_flushes_and_truncates_lose_nothing(
         run_together(
             flush,
             resize,
-            *(
-                lambda number=number: _write_all_over(disk, number, number * n, n, content)  # type: ignore[misc]
-                for number in range(6)
-            ),
+            *(partial(_write_all_over, disk, number, number * n, n, content) for number in range(6)),
         )
         assert not first_difference(disk.read(0, size), content)
     assert_clean(path, content, qemu_img)
@@ -349,7 +347,7 @@ def test_truncates_from_several_threads_take_turns(tmp_path: Path, qemu_img: Pro
             for _ in range(15):
                 disk.truncate(choose.randrange(1, 9000) * SECTOR, shrink=True)
 
-        run_together(*(lambda number=number: resize(number) for number in range(THREADS)))  # type: ignore[misc]
+        run_together(*(partial(resize, number) for number in range(THREADS)))
         disk.truncate(1 * MiB, shrink=True)
         disk.truncate(64 * KiB, shrink=True)
         content = disk.read(0, 64 * KiB)
@@ -378,7 +376,7 @@ def test_new_tables_are_found_while_they_are_on_their_way_to_the_file(tmp_path: 
 
         def work() -> None:
             try:
-                run_together(*(lambda number=number: zero(number) for number in range(4)), look, look)  # type: ignore[misc]
+                run_together(*(partial(zero, number) for number in range(4)), look, look)
             finally:
                 done.set()
 
@@ -391,7 +389,9 @@ def test_new_tables_are_found_while_they_are_on_their_way_to_the_file(tmp_path: 
     assert_clean(path, content, qemu_img)
 
 
-def test_nothing_reaches_the_file_while_a_disk_is_drained_under_load(tmp_path: Path, monkeypatch: Any, qemu_img: Program) -> None:
+def test_nothing_reaches_the_file_while_a_disk_is_drained_under_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu_img: Program
+) -> None:
     size = 6 * 200 * SECTOR
     path = make_overlay(tmp_path, size, {"cluster_size": 4096})
     with open_overlay(path, "r+") as disk:
@@ -423,10 +423,7 @@ def test_nothing_reaches_the_file_while_a_disk_is_drained_under_load(tmp_path: P
 
         run_together(
             drain,
-            *(
-                lambda number=number: _write_all_over(disk, number, number * 200, 200, content)  # type: ignore[misc]
-                for number in range(6)
-            ),
+            *(partial(_write_all_over, disk, number, number * 200, 200, content) for number in range(6)),
         )
         assert not seen
     assert_clean(path, content, qemu_img)
@@ -456,29 +453,29 @@ def test_closing_under_load_keeps_every_write_that_returned(tmp_path: Path, qemu
         under_way.wait(PATIENCE)
         disk.close()
 
-    run_together(close, close, *(lambda number=number: write(number) for number in range(THREADS)))  # type: ignore[misc]
+    run_together(close, close, *(partial(write, number) for number in range(THREADS)))
     assert_clean(path, content, qemu_img)
 
 
 def test_closing_waits_for_a_truncate(tmp_path: Path, qemu_img: Program) -> None:
     path = make_overlay(tmp_path, 64 * KiB, {"cluster_size": 512})
+
+    def resize(disk: Disk, under_way: threading.Barrier, seed: int) -> None:
+        choose = random.Random(seed)
+        try:
+            for step in range(1000):
+                disk.truncate(choose.randrange(128, 9000) * SECTOR, shrink=True)
+                if step == 1:
+                    under_way.wait(PATIENCE)
+        except ClosedError:
+            return
+
+    def close(disk: Disk, under_way: threading.Barrier) -> None:
+        under_way.wait(PATIENCE)
+        disk.close()
+
     for turn in range(10):
         disk = open_overlay(path, "r+")
         under_way = threading.Barrier(3)
-
-        def resize(disk: Disk = disk, under_way: threading.Barrier = under_way) -> None:
-            choose = random.Random(turn)
-            try:
-                for step in range(1000):
-                    disk.truncate(choose.randrange(128, 9000) * SECTOR, shrink=True)
-                    if step == 1:
-                        under_way.wait(PATIENCE)
-            except ClosedError:
-                return
-
-        def close(disk: Disk = disk, under_way: threading.Barrier = under_way) -> None:
-            under_way.wait(PATIENCE)
-            disk.close()
-
-        run_together(resize, resize, close)
+        run_together(*(partial(resize, disk, under_way, seed) for seed in (turn, -turn)), partial(close, disk, under_way))
         qemu_img("check", "-q", path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import random
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -165,9 +167,12 @@ def test_pieces_cover_everything_once_and_stay_in_one_window() -> None:
     assert list(coalesced(kept)) == [run for run in coalesced(found) if run[2] != SKIP]
 
 
-def test_many_small_runs_make_many_pieces() -> None:
-    found = [(i * 512, 512, COPY if i % 2 else ZERO) for i in range(PIECE // 512)]
-    assert len(list(pieces(found))) > 1
+@pytest.mark.parametrize("kinds", [(COPY, ZERO), (SKIP, ZERO), (COPY, SKIP)], ids=["data", "zeroes", "gaps"])
+def test_many_small_runs_make_many_pieces(kinds: tuple[int, int]) -> None:
+    found = [(i * 512, 512, kinds[i % 2]) for i in range(2 * PIECE // 512)]
+    cut = list(pieces(found))
+    assert max(len(piece.runs) for piece in cut) <= 1024
+    assert sum(piece.length for piece in cut) == 2 * PIECE
 
 
 # -- zeroes and differences in a buffer -------------------------------------------------------------------------------
@@ -625,6 +630,22 @@ def test_ctrl_c_while_waiting_cancels_the_job_and_goes_up(
     assert not (tmp_path / "t.raw").exists()
 
 
+def test_an_interrupt_ends_a_convert_between_pieces_and_removes_its_file(tmp_path: Path, source: Path) -> None:
+    target = tmp_path / "t.raw"
+    program = f"""
+import blocklib
+with blocklib.open({str(source)!r}, format="raw") as disk:
+    blocklib.convert(disk, {str(target)!r}, format="raw", speed=1, progress=lambda p: print("working", flush=True))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"working\n"
+        child.send_signal(signal.SIGINT)
+        _out, errors = child.communicate(timeout=60)
+    assert errors.rstrip().endswith(b"KeyboardInterrupt")
+    assert not target.exists()
+
+
 def test_progress_ends_at_the_size_of_the_disk(tmp_path: Path, source: Path) -> None:
     told: list[blocklib.Progress] = []
     with blocklib.open(source, format="raw") as disk:
@@ -633,8 +654,6 @@ def test_progress_ends_at_the_size_of_the_disk(tmp_path: Path, source: Path) -> 
 
 
 def test_a_small_convert_does_not_import_numpy(tmp_path: Path, source: Path) -> None:
-    import subprocess
-
     program = f"""
 import sys, blocklib
 with blocklib.open({str(source)!r}, format="raw") as disk:

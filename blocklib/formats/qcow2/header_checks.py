@@ -82,7 +82,8 @@ def check_limits(header: Header, limits: Limits, refuse: Refusal) -> None:
     cluster_size = 1 << header.cluster_bits
     largest = min(limits.virtual_size, layout.MAX_VIRTUAL_SIZE)
     if cluster_size > limits.cluster_size:
-        raise refuse("cluster_bits", f"clusters of at most {limits.cluster_size} bytes (the limit cluster_size)", ImageLimitError)
+        expected = f"clusters of at most {limits.cluster_size} bytes (the limit cluster_size)"
+        raise refuse("cluster_bits", expected, ImageLimitError)
     if header.size > largest:
         raise refuse("size", f"at most {largest} bytes (the limit virtual_size)", ImageLimitError)
     if header.l1_size * layout.TABLE_ENTRY_LENGTH > limits.l1_bytes:

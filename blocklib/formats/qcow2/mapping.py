@@ -71,8 +71,10 @@ class Mapping:
         cache_bytes = max(cache_bytes, 2 << geometry.cluster_bits)
         self.cache = TableCache(file, "Q", slice_length, cache_bytes, structure="L2 table", node=node)
         self.dirty_l1: set[int] = set()
-        self.new_tables: dict[int, int] = {}
-        """Host offset -> L1 index of L2 tables that the file's L1 table does not point at yet."""
+        self.new_tables: set[int] = set()
+        """Host offsets of L2 tables that the file's L1 table does not point at yet."""
+        self.doubtful_tables: set[int] = set()
+        """Those that it may point at or not, because a flush failed."""
         self.data_flags = FLAG_DATA | FLAG_ALLOCATED | FLAG_OFFSET_VALID
         """What to report of a plain data cluster; FLAG_RECURSE is added for preallocated images."""
 
@@ -178,7 +180,7 @@ class Mapping:
             self.cache.insert(new_offset + start, table, dirty=True)
         self.l1[l1_index] = new_offset | _COPIED
         self.dirty_l1.add(l1_index)
-        self.new_tables[new_offset] = l1_index
+        self.new_tables.add(new_offset)
         if old:
             freed.append((old_offset >> self._cluster_bits, 1))
         start = (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length

@@ -439,7 +439,7 @@ class Qcow2Node(Node):
         resize(self, size, preallocation)
 
     def flush(self) -> None:
-        if self.read_only:
+        if self.read_only or self.metadata_only:
             return
         self.writeback.flush()
 

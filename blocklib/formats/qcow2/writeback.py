@@ -4,6 +4,9 @@ What a pointer points at is durable and counted before the pointer is written; w
 only after that removal is durable, and after every request begun before it has ended.  So a flush is: refcount blocks, new
 L2 tables (guest data went straight to the file) - barrier - refcount table entries, if there are new blocks - barrier -
 L1 and L2 entries - barrier; and then the clusters those entries no longer point at are on their way to being free.
+
+After a flush that failed nobody knows which of its pointers the file has: what it was about to link is then written as if
+it were linked, and linked as if it were not.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ class _Batch(NamedTuple):
     table_entries: list[tuple[int, int]]  # (index, entry)
     moved_table: bytes | None  # all of it, where it lies in a new place
     new_slices: list[DirtyRange]
+    doubtful_slices: list[DirtyRange]
     slices: list[DirtyRange]
     l1_entries: list[tuple[int, int]]  # (index, entry)
-    new_tables: dict[int, int]
+    new_tables: set[int]
+    doubtful_tables: set[int]
     freed: list[tuple[int, int]]
 
 
@@ -123,7 +128,7 @@ class WriteBack:
             raise
         with node.lock:
             node.refcounts.cache.written(batch.blocks)
-            node.mapping.cache.written(batch.new_slices + batch.slices)
+            node.mapping.cache.written(batch.new_slices + batch.doubtful_slices + batch.slices)
             if batch.freed:
                 epoch = node.tracker.next_epoch() if node.tracker is not None else 0
                 self._waiting.append((epoch, batch.freed))
@@ -132,9 +137,18 @@ class WriteBack:
 
     def _take(self) -> _Batch:
         mapping, refcounts = self._node.mapping, self._node.refcounts
-        dirty = mapping.cache.take_dirty()
         cluster_mask = ~self._node.geometry.cluster_mask
-        new_tables, mapping.new_tables = mapping.new_tables, {}
+        new_tables, mapping.new_tables = mapping.new_tables, set()
+        doubtful_tables, mapping.doubtful_tables = mapping.doubtful_tables, set()
+        new_slices, doubtful_slices, slices = [], [], []
+        for entry in mapping.cache.take_dirty():
+            table_offset = entry.table_offset & cluster_mask
+            if table_offset in new_tables:
+                new_slices.append(entry)
+            elif table_offset in doubtful_tables:
+                doubtful_slices.append(entry)
+            else:
+                slices.append(entry)
         l1_entries = [(index, mapping.l1[index]) for index in sorted(mapping.dirty_l1)]
         mapping.dirty_l1 = set()
         moved_table = table_to_bytes(refcounts.table) if refcounts.table_moved else None
@@ -150,18 +164,20 @@ class WriteBack:
             table_offset=refcounts.table_offset,
             table_entries=table_entries,
             moved_table=moved_table,
-            new_slices=[entry for entry in dirty if entry.table_offset & cluster_mask in new_tables],
-            slices=[entry for entry in dirty if entry.table_offset & cluster_mask not in new_tables],
+            new_slices=new_slices,
+            doubtful_slices=doubtful_slices,
+            slices=slices,
             l1_entries=l1_entries,
             new_tables=new_tables,
+            doubtful_tables=doubtful_tables,
             freed=freed,
         )
 
     def _put_back(self, batch: _Batch) -> None:
         mapping, refcounts = self._node.mapping, self._node.refcounts
         refcounts.cache.put_back(batch.blocks)
-        mapping.cache.put_back(batch.new_slices + batch.slices)
-        mapping.new_tables = {**batch.new_tables, **mapping.new_tables}
+        mapping.cache.put_back(batch.new_slices + batch.doubtful_slices + batch.slices)
+        mapping.doubtful_tables |= batch.new_tables | batch.doubtful_tables
         mapping.dirty_l1.update(index for index, _entry in batch.l1_entries)
         refcounts.table_moved = refcounts.table_moved or batch.moved_table is not None
         refcounts.dirty_table_entries.update(index for index, _entry in batch.table_entries)
@@ -176,10 +192,10 @@ class WriteBack:
             file.write(dirty.host_offset, (dirty.data,))
         for dirty in batch.new_slices:
             file.write(dirty.host_offset, (dirty.data,))
-        if batch.moved_table is not None:
-            file.write(batch.table_offset, (batch.moved_table,))
         self.barrier()
         if batch.moved_table is not None:
+            file.write(batch.table_offset, (batch.moved_table,))
+            self.barrier()
             node.header.refcount_table_offset = batch.table_offset
             node.header.refcount_table_clusters = len(batch.moved_table) >> node.geometry.cluster_bits
             node.rewrite_header()
@@ -187,6 +203,10 @@ class WriteBack:
         elif batch.table_entries:
             for index, entry in batch.table_entries:
                 file.write(batch.table_offset + index * 8, (entry.to_bytes(8, "big"),))
+            self.barrier()
+        if batch.doubtful_slices:
+            for dirty in batch.doubtful_slices:
+                file.write(dirty.host_offset, (dirty.data,))
             self.barrier()
         if not batch.slices and not batch.l1_entries:
             return

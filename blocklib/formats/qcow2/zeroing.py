@@ -29,15 +29,15 @@ def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> Non
         _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
         return
 
-    punch = unmap and _keeps_clusters(node)
+    keep = _keeps_clusters(node)
 
     def choose(entry: int) -> int:
-        if entry & layout.FLAG_COMPRESSED or not entry & layout.OFFSET_MASK or (unmap and not (punch and _is_own(entry))):
-            return layout.FLAG_ZERO
-        return entry | layout.FLAG_ZERO
+        has_cluster = entry & layout.OFFSET_MASK and not entry & layout.FLAG_COMPRESSED
+        stays = has_cluster and (not unmap or (keep and _is_own(entry)))
+        return entry | layout.FLAG_ZERO if stays else layout.FLAG_ZERO
 
     # Not even an image without a backing file leaves them out: it may be given one.
-    _each_slice(node, offset, length, choose, skip_unmapped=False, punch=punch and node.punches_holes)
+    _each_slice(node, offset, length, choose, skip_unmapped=False, punch=unmap and keep and node.punches_holes)
 
 
 def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
@@ -58,9 +58,7 @@ def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
             return entry | layout.FLAG_ZERO
         return layout.FLAG_ZERO if shows_backing or entry & _REFERENCE else entry
 
-    _each_slice(
-        node, offset, length, choose, skip_unmapped=not shows_backing, punch=keep and node.punches_holes
-    )
+    _each_slice(node, offset, length, choose, skip_unmapped=not shows_backing, punch=keep and node.punches_holes)
 
 
 def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
@@ -84,7 +82,8 @@ def _forget_table(node: Qcow2Node, l1_index: int) -> None:
         return
     for start in range(0, node.geometry.cluster_size, mapping.slice_length):
         mapping.cache.drop(host_offset + start)
-    mapping.new_tables.pop(host_offset, None)
+    mapping.new_tables.discard(host_offset)
+    mapping.doubtful_tables.discard(host_offset)
     mapping.l1[l1_index] = 0
     mapping.dirty_l1.add(l1_index)
     node.writeback.freed.append((host_offset >> node.geometry.cluster_bits, 1))

@@ -1,0 +1,131 @@
+"""Whatever a crash leaves of the last writes, qemu-img finds at worst leaked clusters, and what was flushed is there.
+
+Random requests run on a disk that records what reaches it; then the host "crashes" at many places of that record.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from blocklib.disk import Disk
+from blocklib.errors import StorageError
+from tests.crash.recording import SECTOR, Event, RecordingNode, crash_sites
+from tests.crash.workload import History, Worker, base_disk, difference_in, disk_on, new_image, run_workers
+from tests.programs import Program
+
+CLEAN_OR_LEAKS = (0, 3)
+"""Exit codes of qemu-img check."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    sectors: int
+    options: dict[str, int | str]
+    opened: dict[str, int] = field(default_factory=dict)
+    n_workers: int = 1
+    stripe: int = 1 << 40
+    n_requests: int = 250
+    base_sectors: int = 0
+    resizes: bool = False
+    failing_writes: float = 0.0
+    n_sites: int = 9
+    n_outcomes: int = 5
+
+
+WORKLOADS = {
+    "refcount table grows": Workload(5000, {"cluster_size": 512, "refcount_bits": 64}, n_sites=12),
+    "smallest caches": Workload(900, {"cluster_size": 512, "refcount_bits": 1}, {"l2-cache-size": 512}),
+    "sectors share clusters": Workload(3001, {"cluster_size": 4096, "refcount_bits": 8}),
+    "version 2": Workload(3000, {"cluster_size": 1024, "compat": "0.10"}),
+    "over a backing file": Workload(2000, {"cluster_size": 2048}, base_sectors=1501, resizes=True),
+    "version 2 over a backing file": Workload(700, {"cluster_size": 1024, "compat": "0.10"}, base_sectors=501),
+    "the disk changes its size": Workload(300, {"cluster_size": 512}, resizes=True, n_sites=14),
+    "writes fail": Workload(2000, {"cluster_size": 512, "refcount_bits": 32}, failing_writes=0.02),
+    "threads share clusters": Workload(3001, {"cluster_size": 4096}, n_workers=8, stripe=3, n_requests=60),
+    "threads own clusters": Workload(
+        4001, {"cluster_size": 512, "refcount_bits": 64}, {"l2-cache-size": 2048}, n_workers=8, stripe=32, n_requests=60
+    ),
+    "threads over a backing file": Workload(
+        2001, {"cluster_size": 1024}, n_workers=8, stripe=5, n_requests=50, base_sectors=2001, failing_writes=0.01
+    ),
+}
+
+
+@pytest.fixture
+def many_thread_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_what_was_flushed_survives_a_crash_at_any_point_and_at_worst_clusters_leak(
+    name: str, tmp_path: Path, qemu_img: Program, many_thread_switches: None
+) -> None:
+    load = WORKLOADS[name]
+    seed = sum(name.encode())
+    start = new_image(load.sectors * SECTOR, load.options)
+    host = RecordingNode(data=start)
+    base = base_disk(load.base_sectors) if load.base_sectors else None
+    history = History(host, base_sectors=load.base_sectors)
+    _work(load, host, base, history, seed)
+    rnd = random.Random(seed)
+    for site in crash_sites(start, host.log, _cuts(host.log, rnd, load.n_sites)):
+        allowed = history.allowed(site.cut)
+        for number, image in enumerate(site.outcomes(rnd, load.n_outcomes)):
+            where = f"after {site.cut} of {len(host.log)} events, outcome {number}"
+            _check(tmp_path / "crashed.qcow2", image, qemu_img, where)
+            crashed = RecordingNode(data=image)
+            with disk_on(crashed, backing=base) as disk:
+                difference = difference_in(disk.read(0, disk.size), allowed)
+                assert difference is None, f"{where}: {difference}"
+                if number != 1:
+                    continue
+                Worker(disk, History(crashed), 100, 1, stripe=1 << 40, seed=seed).write_somewhere(20)
+            _check(tmp_path / "continued.qcow2", bytes(crashed.data), qemu_img, f"{where}, and going on")
+    if base is not None:
+        base.close()
+
+
+def _work(load: Workload, host: RecordingNode, base: Disk | None, history: History, seed: int) -> None:
+    disk = disk_on(host, options=load.opened, backing=base)
+    rnd = random.Random(seed)
+
+    def fail_sometimes(_offset: int, _length: int) -> None:
+        if rnd.random() < load.failing_writes:
+            raise StorageError("no space left on the host", errno=28, operation="injected")
+
+    host.before_write = fail_sometimes
+    workers = [
+        Worker(disk, history, number, load.n_workers, stripe=load.stripe, seed=seed, resizes=load.resizes)
+        for number in range(load.n_workers)
+    ]
+    run_workers(workers, load.n_requests)
+    host.before_write = None
+    difference = difference_in(disk.read(0, disk.size), history.now)
+    assert difference is None, difference
+    history.flush(disk.flush)
+    disk.close()
+
+
+def _cuts(log: list[Event], rnd: random.Random, n: int) -> list[int]:
+    """Places in the log: the end, some anywhere, and more around barriers, where tables are written."""
+    barriers = [position for position, event in enumerate(log) if event[0] == "barrier"]
+    cuts = {len(log)}
+    while len(cuts) < n:
+        near = rnd.choice(barriers) + rnd.randrange(-6, 7) if rnd.random() < 0.7 else rnd.randrange(len(log))
+        cuts.add(min(max(0, near), len(log)))
+    return sorted(cuts)
+
+
+def _check(path: Path, image: bytes, qemu_img: Program, where: str) -> None:
+    path.write_bytes(image)
+    done = qemu_img.run("check", "-f", "qcow2", path)
+    assert done.returncode in CLEAN_OR_LEAKS, f"{where}: exit code {done.returncode}\n{done.stdout}{done.stderr[:2000]}"
