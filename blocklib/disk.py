@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
@@ -22,11 +22,15 @@ from blocklib.requests import CLOSED, FORKED, FORKED_TEXT, RequestTracker
 from blocklib.sizes import format_size
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable
     from blocklib.node import Node, Preallocation
+
+AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
+"""What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
 
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
@@ -120,7 +124,7 @@ class Disk:
             tracker.leave()
         return bytes(buffer)
 
-    def readinto(self, offset: int, buffer: Buffer) -> None:
+    def readinto(self, offset: int, buffer: AnyBuffer) -> None:
         """Fill the whole writable `buffer` from guest `offset`."""
         view = _bytes_view(buffer)
         if view.readonly:
@@ -135,7 +139,7 @@ class Disk:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+    def write(self, offset: int, data: AnyBuffer, *, fua: bool = False) -> None:
         """Write all of `data` at guest `offset`; with `fua` it is durable on return.
 
         Raises ReadOnlyError, OutOfRangeError.
@@ -349,8 +353,8 @@ class Disk:
         raise UsageError(f"{base.filename or base.name} is not in the chain of this disk")
 
 
-def _bytes_view(buffer: Buffer) -> memoryview:
-    view = memoryview(buffer)
+def _bytes_view(buffer: AnyBuffer) -> memoryview:
+    view = memoryview(cast("Buffer", buffer))
     if view.format == "B" and view.ndim == 1 and view.contiguous:
         return view
     if not view.c_contiguous:

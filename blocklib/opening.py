@@ -23,7 +23,7 @@ from blocklib.errors import (
 )
 from blocklib.node import DetectZeroes, NamedReference, Node
 from blocklib.options import CacheMode, OptionValue, cache_flags, check_options, common_value, nest, options_of
-from blocklib.policy import Limits, Reference, References, RestrictedFile, Target, decide
+from blocklib.policy import Limits, Reference, References, RestrictedFile, Target, check_references, decide
 from blocklib.reports import ImageInfo
 
 
@@ -121,6 +121,7 @@ def open_disk(
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
     if not isinstance(data_file, FromImage):
         raise UnsupportedFeatureError("external data files are not supported yet", features=("external data file",))
+    check_references(references)
     spec, path = _spec_of(target)
     _merge_options(spec, options or {})
     direct, no_flush, writethrough = cache_flags(cache)

@@ -339,6 +339,12 @@ _OVERRIDES = {
 _KIND_SHOWN = {"backing": "backing file", "data-file": "data file"}
 
 
+def check_references(references: References) -> None:
+    """Raises UsageError for what is neither "deny" nor "allow" nor a policy."""
+    if not callable(references) and references not in ("deny", "allow"):
+        raise UsageError(f'references is "deny", "allow" or a policy, not {references!r}')
+
+
 def decide(references: References, reference: Reference) -> Target:
     """What to open for `reference`.
 
@@ -350,8 +356,8 @@ def decide(references: References, reference: Reference) -> Target:
             return _allowed(reference)
         if references == "deny":
             raise _refusal(reference, "references are denied", _suggestions(reference))
-    if not callable(references):
-        raise UsageError(f'references is "deny", "allow" or a policy, not {references!r}')
+    check_references(references)
+    assert callable(references)
     target = references(reference)
     if target is not None:
         return target

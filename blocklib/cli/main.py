@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     """Run the command line and return the exit code.  Without `arguments`: those of this process."""
     if arguments is None:
         arguments = sys.argv[1:]
-        _let_names_through()
+        _prepare_streams()
     session = Session(program or _program_name(sys.argv[0]))
     try:
         code = _dispatch(session, list(arguments))
@@ -76,10 +76,17 @@ def _program_name(path: str) -> str:
     return "blocklib" if name in ("__main__.py", "-c", "") else name
 
 
-def _let_names_through() -> None:
-    """Print file names that are no valid text as the bytes they are, instead of failing on them."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+def _prepare_streams() -> None:
+    """Print file names that are no valid text as the bytes they are, and print into nothing where a stream is closed.
+
+    An image could otherwise get the number of a closed stream, and what is printed there.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")
 
 
@@ -167,7 +174,7 @@ def _give_up_output(session: Session, exc: OSError) -> int:
 
     What is still buffered must go somewhere, or the interpreter would complain about it when it exits.
     """
-    if sys.stdout is sys.__stdout__:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)

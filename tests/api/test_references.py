@@ -269,9 +269,9 @@ def test_a_function_may_answer_with_driver_options() -> None:
 
 @pytest.mark.parametrize("references", ["Deny", "yes", None, True, ["base.qcow2"]])
 def test_what_is_no_policy_is_refused(references: Any) -> None:
-    make_chain()
-    with pytest.raises(blocklib.UsageError):
-        blocklib.open("top.qcow2", format="qcow2", references=references)
+    make_disk("disk.qcow2", 64 * MiB)
+    with pytest.raises(blocklib.UsageError, match="policy"):  # although the image names no file
+        blocklib.open("disk.qcow2", format="qcow2", references=references)
 
 
 # -- names of the caller ---------------------------------------------------------------------------------------------------

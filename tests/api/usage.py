@@ -153,7 +153,6 @@ async def copy_and_look(disk: blocklib.Disk) -> None:
         job.cancel()
         raise
     assert_type(job.wait(), blocklib.ConvertResult)
-    assert_type(job.wait(until="ready"), blocklib.ConvertResult | None)
     assert_type(job.progress, blocklib.Progress)
 
 

@@ -155,6 +155,15 @@ def test_a_reader_that_goes_away_ends_the_run_in_silence(blocklib: CommandLine, 
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_closed_streams_are_no_reason_to_fail(blocklib: CommandLine, here: Path) -> None:
+    blocklib("create", "-q", "-f", "raw", "image", "1M")
+    before = (here / "image").read_bytes()
+    code = "import os, sys; [os.close(n) for n in (0, 1, 2)]; os.execv(sys.argv[1], sys.argv[1:])"
+    done = _run(sys.executable, "-c", code, *MODULE, "resize", "image", "2M", cwd=here)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (here / "image").read_bytes() == before + bytes(1 << 20)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written_is_one_line(blocklib: CommandLine, here: Path) -> None:
     blocklib("create", "-q", "-f", "raw", "image", "1M")

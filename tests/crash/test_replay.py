@@ -34,6 +34,7 @@ class Workload:
     base_sectors: int = 0
     resizes: bool = False
     failing_writes: float = 0.0
+    failing_barriers: float = 0.0
     n_sites: int = 9
     n_outcomes: int = 5
 
@@ -47,6 +48,8 @@ WORKLOADS = {
     "version 2 over a backing file": Workload(700, {"cluster_size": 1024, "compat": "0.10"}, base_sectors=501),
     "the disk changes its size": Workload(300, {"cluster_size": 512}, resizes=True, n_sites=14),
     "writes fail": Workload(2000, {"cluster_size": 512, "refcount_bits": 32}, failing_writes=0.02),
+    "writes and resizes fail": Workload(600, {"cluster_size": 512}, resizes=True, failing_writes=0.01),
+    "a barrier fails": Workload(2000, {"cluster_size": 512, "refcount_bits": 64}, failing_barriers=0.02),
     "threads share clusters": Workload(3001, {"cluster_size": 4096}, n_workers=8, stripe=3, n_requests=60),
     "threads own clusters": Workload(
         4001, {"cluster_size": 512, "refcount_bits": 64}, {"l2-cache-size": 2048}, n_workers=8, stripe=32, n_requests=60
@@ -69,8 +72,18 @@ def many_thread_switches() -> Iterator[None]:
 def test_what_was_flushed_survives_a_crash_at_any_point_and_at_worst_clusters_leak(
     name: str, tmp_path: Path, qemu_img: Program, many_thread_switches: None
 ) -> None:
-    load = WORKLOADS[name]
-    seed = sum(name.encode())
+    replay(WORKLOADS[name], sum(name.encode()), tmp_path, qemu_img)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(1000, 1040))
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_torture(name: str, seed: int, tmp_path: Path, qemu_img: Program, many_thread_switches: None) -> None:
+    replay(WORKLOADS[name], seed, tmp_path, qemu_img)
+
+
+def replay(load: Workload, seed: int, tmp_path: Path, qemu_img: Program) -> None:
+    """Run a workload and look at what crashes leave of it."""
     start = new_image(load.sectors * SECTOR, load.options)
     host = RecordingNode(data=start)
     base = base_disk(load.base_sectors) if load.base_sectors else None
@@ -98,17 +111,22 @@ def _work(load: Workload, host: RecordingNode, base: Disk | None, history: Histo
     disk = disk_on(host, options=load.opened, backing=base)
     rnd = random.Random(seed)
 
-    def fail_sometimes(_offset: int, _length: int) -> None:
-        if rnd.random() < load.failing_writes:
-            raise StorageError("no space left on the host", errno=28, operation="injected")
+    def fail_sometimes(share: float) -> None:
+        if rnd.random() < share:
+            raise StorageError("the host does not want to", errno=28, operation="injected")
 
-    host.before_write = fail_sometimes
+    host.before_write = lambda _offset, _length: fail_sometimes(load.failing_writes)
+    host.before_barrier = lambda: fail_sometimes(load.failing_barriers)
     workers = [
         Worker(disk, history, number, load.n_workers, stripe=load.stripe, seed=seed, resizes=load.resizes)
         for number in range(load.n_workers)
     ]
     run_workers(workers, load.n_requests)
-    host.before_write = None
+    host.before_write = host.before_barrier = None
+    if disk.node.poisoned is not None:
+        assert load.failing_writes or load.failing_barriers
+        disk.abandon()
+        return
     difference = difference_in(disk.read(0, disk.size), history.now)
     assert difference is None, difference
     history.flush(disk.flush)
@@ -117,7 +135,7 @@ def _work(load: Workload, host: RecordingNode, base: Disk | None, history: Histo
 
 def _cuts(log: list[Event], rnd: random.Random, n: int) -> list[int]:
     """Places in the log: the end, some anywhere, and more around barriers, where tables are written."""
-    barriers = [position for position, event in enumerate(log) if event[0] == "barrier"]
+    barriers = [position for position, event in enumerate(log) if event[0] == "barrier"] or [0]
     cuts = {len(log)}
     while len(cuts) < n:
         near = rnd.choice(barriers) + rnd.randrange(-6, 7) if rnd.random() < 0.7 else rnd.randrange(len(log))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from blocklib.disk import Disk
-from blocklib.errors import StorageError
+from blocklib.errors import BlocklibError, PoisonedError, StorageError
 from blocklib.formats.qcow2.create import header_for, write_empty_image
 from blocklib.formats.qcow2.node import Qcow2Node
 from blocklib.graph import Transaction
@@ -60,7 +60,7 @@ class History:
         begun = len(self._disk.log)
         try:
             request()
-        except StorageError:
+        except BlocklibError:
             sure = False
             raise
         finally:
@@ -156,12 +156,14 @@ class Worker:
         self._next_stamp = (self.number + 1) << 32
 
     def run(self, n_requests: int) -> None:
-        """Make requests; one that the recording disk makes fail is passed over."""
+        """Make requests, until the image is poisoned; one that the recording disk makes fail is passed over."""
         for _ in range(n_requests):
             try:
                 self._one_request()
             except StorageError as exc:
                 assert exc.operation == "injected", exc
+            except PoisonedError:
+                return
 
     def write_somewhere(self, n_times: int) -> None:
         """Write stamps without keeping a history, then flush."""

@@ -13,11 +13,13 @@ from blocklib import KiB, MiB
 from blocklib.extents import Extent
 from tests.property.chains import SECTOR, Change, ImageSpec, Place
 
+Version: TypeAlias = tuple[Literal["0.10", "1.1"], int]
+"""(compat, refcount bits)"""
 Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
 
 CLUSTER_SIZES: Final = (64 * KiB, 512, 4 * KiB, 2 * MiB)
 ALL_CLUSTER_SIZES: Final = tuple(1 << bits for bits in range(9, 22))
-VERSIONS: Final[tuple[tuple[Literal["0.10", "1.1"], int], ...]] = (
+VERSIONS: Final[tuple[Version, ...]] = (
     ("1.1", 16),
     ("0.10", 16),
     *(("1.1", bits) for bits in (1, 2, 4, 8, 32, 64)),
@@ -31,7 +33,7 @@ class Case:
     """A chain of images with the same layout; the preallocation is that of the lowest, since overlays have none."""
 
     cluster_size: int
-    version: tuple[Literal["0.10", "1.1"], int]
+    version: Version
     depth: int
     preallocation: Preallocation
 
@@ -61,8 +63,8 @@ class Case:
         return random.Random(str(self))
 
 
-def every_combination() -> list[Case]:
-    return [Case(*row) for row in itertools.product(ALL_CLUSTER_SIZES, VERSIONS, DEPTHS, PREALLOCATIONS)]
+def every_combination(cluster_size: int, version: Version) -> list[Case]:
+    return [Case(cluster_size, version, *row) for row in itertools.product(DEPTHS, PREALLOCATIONS)]
 
 
 def every_pair() -> list[Case]:

@@ -70,9 +70,7 @@ def assert_flushed_content_is_there(image: ChainImage, seed: int, durable: int) 
         pytest.param(ImageSpec(3000 * KiB, cluster_size=64 * KiB, refcount_bits=1), id="64k-refcount1"),
     ],
 )
-def test_a_killed_program_leaves_what_it_flushed_and_at_worst_leaks(
-    spec: ImageSpec, tmp_path: Path, qemu_img: Program
-) -> None:
+def test_a_killed_program_leaves_what_it_flushed_and_at_worst_leaks(spec: ImageSpec, tmp_path: Path, qemu_img: Program) -> None:
     seed = spec.cluster_size + spec.refcount_bits
     image = make_image(tmp_path / "alive", spec)
     code, lines = run(image, seed, 0)

@@ -6,15 +6,18 @@ Each test goes on where the other program stopped, so that both also write into 
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import blocklib
 from blocklib import KiB
 from tests.interop.matrix import (
+    ALL_CLUSTER_SIZES,
+    VERSIONS,
     Case,
+    Version,
     as_qemu_map,
     every_combination,
     every_pair,
@@ -33,16 +36,6 @@ from tests.property.chains import (
     noise,
     open_image,
 )
-
-
-def all_cases() -> list[Any]:
-    """Pairs always, all other combinations in campaigns."""
-    pairs = every_pair()
-    others = [case for case in every_combination() if case not in pairs]
-    return [
-        *(pytest.param(case, id=str(case)) for case in pairs),
-        *(pytest.param(case, id=str(case), marks=pytest.mark.torture) for case in others),
-    ]
 
 
 def assert_same_map(image: ChainImage, qemu_img: Program) -> None:
@@ -77,7 +70,10 @@ def change_it(image: ChainImage, choose: random.Random) -> None:
             change.apply(disk, image, discard_passes=True)
 
 
-@pytest.mark.parametrize("case", all_cases())
+PAIRS = pytest.mark.parametrize("case", every_pair(), ids=str)
+
+
+@PAIRS
 def test_qemu_reads_what_we_write(case: Case, tmp_path: Path, qemu_img: Program, qemu_io: Program) -> None:
     choose = case.random()
     specs = case.specs()
@@ -92,7 +88,7 @@ def test_qemu_reads_what_we_write(case: Case, tmp_path: Path, qemu_img: Program,
     assert_read_by_us(top)
 
 
-@pytest.mark.parametrize("case", all_cases())
+@PAIRS
 def test_we_read_what_qemu_writes(case: Case, tmp_path: Path, qemu_img: Program, qemu_io: Program) -> None:
     choose = case.random()
     images: list[ChainImage] = []
@@ -113,9 +109,21 @@ def test_we_read_what_qemu_writes(case: Case, tmp_path: Path, qemu_img: Program,
     assert_read_by_us(top)
 
 
-def create_by_qemu(
-    path: Path, spec: ImageSpec, below: ChainImage | None, qemu_img: Program, compression: str
+@pytest.mark.torture
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: f"compat{version[0]}-refcount{version[1]}")
+@pytest.mark.parametrize("cluster_size", ALL_CLUSTER_SIZES)
+def test_both_directions_in_every_combination(
+    cluster_size: int, version: Version, tmp_path: Path, qemu_img: Program, qemu_io: Program
 ) -> None:
+    for case in every_combination(cluster_size, version):
+        for direction in (test_qemu_reads_what_we_write, test_we_read_what_qemu_writes):
+            folder = tmp_path / "images"
+            folder.mkdir()
+            direction(case, folder, qemu_img, qemu_io)
+            shutil.rmtree(folder)
+
+
+def create_by_qemu(path: Path, spec: ImageSpec, below: ChainImage | None, qemu_img: Program, compression: str) -> None:
     options = [
         f"cluster_size={spec.cluster_size}",
         f"compat={spec.compat}",
