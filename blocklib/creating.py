@@ -12,12 +12,11 @@ from blocklib.errors import (
     ImageExistsError,
     OptionError,
     StorageError,
-    UnsupportedFeatureError,
     UsageError,
 )
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
-from blocklib.opening import image_info, open_disk
-from blocklib.options import OptionValue, check_options, nest
+from blocklib.opening import image_info, open_disk, spec_of
+from blocklib.options import OptionValue, check_options
 from blocklib.policy import PlainPath, Target, resolve_backing_name
 from blocklib.reports import ImageInfo
 
@@ -40,7 +39,7 @@ def create(
 
     Raises ImageExistsError, OptionError, UsageError, LockedError, StorageError; a file that this call made is removed.
     """
-    path = _path_of(target)
+    path = _path_of(target, format)
     typed = _creation_options(format, options or {}, size, backing, backing_format)
     if typed["size"] is None:
         if typed.get("backing_file") is None:
@@ -56,19 +55,26 @@ def create(
     return image_info(PlainPath(path), format=format)
 
 
-def _path_of(target: Target) -> str:
-    if isinstance(target, Mapping):
-        spec = nest(target)
-        inner = spec.get("file", spec)
-        filename = inner.get("filename") if isinstance(inner, Mapping) else None
-        if not isinstance(filename, str):
-            raise UsageError("only a file can be created: give a path")
-        return filename
-    if isinstance(target, str) and target.partition(":")[0] in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
-        raise UnsupportedFeatureError("NBD is not supported yet", features=("nbd",))
-    if not isinstance(target, (str, os.PathLike)):
-        raise UsageError(f"a target is a path, not {type(target).__name__}")
-    return os.fspath(target)
+def _path_of(target: Target, format: str) -> str:
+    """The path of what is to be created; options may say no more than that, and the format again."""
+    spec, path = spec_of(target)
+    if path is not None:
+        return os.fspath(path)
+    driver = spec.pop("driver", format)
+    below = spec.pop("file", None)
+    if below is None:
+        if driver in drivers.PROTOCOLS:
+            spec["driver"], driver = driver, format
+        below, spec = spec, {}
+    inner = {"filename": below} if isinstance(below, str) else dict(below) if isinstance(below, Mapping) else {}
+    filename = inner.pop("filename", None)
+    if driver != format:
+        raise OptionError(f"the format is given twice: as {driver!r} and as {format!r}", option="driver")
+    if not isinstance(filename, (str, os.PathLike)) or inner.pop("driver", "file") not in ("file", "host_device"):
+        raise UsageError("only a file can be created: give a path")
+    for name in (*spec, *inner):
+        raise OptionError(f"the option {name!r} of a target says nothing of a file that is created", option=name)
+    return os.fspath(filename)
 
 
 def _creation_options(

@@ -10,6 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
@@ -114,6 +115,7 @@ class Disk:
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from guest `offset`.  Raises OutOfRangeError for a range outside the disk."""
+        offset, length = index(offset), index(length)
         tracker = self._tracker
         tracker.enter()
         try:
@@ -126,6 +128,7 @@ class Disk:
 
     def readinto(self, offset: int, buffer: AnyBuffer) -> None:
         """Fill the whole writable `buffer` from guest `offset`."""
+        offset = index(offset)
         view = _bytes_view(buffer)
         if view.readonly:
             raise UsageError("readinto needs a writable buffer")
@@ -144,6 +147,7 @@ class Disk:
 
         Raises ReadOnlyError, OutOfRangeError.
         """
+        offset = index(offset)
         view = _bytes_view(data)
         tracker = self._tracker
         tracker.enter()
@@ -161,6 +165,7 @@ class Disk:
 
         Without `fallback`, raises StorageError (ENOTSUP) where the top image cannot do it by metadata alone.
         """
+        offset, length = index(offset), index(length)
         tracker = self._tracker
         tracker.enter()
         try:
@@ -174,6 +179,7 @@ class Disk:
     def discard(self, offset: int, length: int) -> None:
         """Say that the range is no longer needed.  A hint: it does nothing unless the disk was opened with
         ``discard="unmap"``, and then only to whole clusters, which read as zero afterwards where the format can say so."""
+        offset, length = index(offset), index(length)
         tracker = self._tracker
         tracker.enter()
         try:
@@ -195,6 +201,7 @@ class Disk:
 
     def truncate(self, size: int, *, shrink: bool = False, preallocation: Preallocation = "off") -> None:
         """Change the virtual size to `size` bytes; new bytes read as zero.  Shrinking loses data and needs ``shrink=True``."""
+        size = index(size)
         if size < 0:
             raise OutOfRangeError(f"a size of {size} bytes")
         with graph.drained(self.node), self.node.resizing:
@@ -212,7 +219,7 @@ class Disk:
 
         With `base`, of `chain()`, only what the images above it hold.
         """
-        node, length, below = self._range(offset, length, base)
+        node, offset, length, below = self._range(offset, length, base)
         return self._tracked(status.extents(node, offset, length, below))
 
     def map(self, offset: int = 0, length: int | None = None, *, base: NodeInfo | None = None) -> ExtentTable:
@@ -220,7 +227,7 @@ class Disk:
         tracker = self._tracker
         tracker.enter()
         try:
-            node, length, below = self._range(offset, length, base)
+            node, offset, length, below = self._range(offset, length, base)
             return status.extent_table(node, offset, length, below)
         finally:
             tracker.leave()
@@ -245,7 +252,7 @@ class Disk:
         """
         from blocklib.diskfile import DiskFile
 
-        _node, length, _below = self._range(offset, length, None)
+        _node, offset, length, _below = self._range(offset, length, None)
         return DiskFile(self, offset, length, writable=self._writable)
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -341,15 +348,17 @@ class Disk:
             raise ReadOnlyError(f"{node.filename or node.name}: opened for reading; mode 'r+' writes", node=node.name)
         return node
 
-    def _range(self, offset: int, length: int | None, base: NodeInfo | None) -> tuple[Node, int, Node | None]:
-        size = self.node.size
-        length = max(0, size - offset) if length is None else length
+    def _range(self, offset: int, length: int | None, base: NodeInfo | None) -> tuple[Node, int, int, Node | None]:
+        """(top node, offset, length, node that `base` is) of a range that may be given by halves."""
+        offset = index(offset)
+        size = self.node.size  # raises in the child of a fork
+        length = max(0, size - offset) if length is None else index(length)
         node = self._checked(offset, length)
         if base is None:
-            return node, length, None
+            return node, offset, length, None
         for below in graph.chain(node):
             if below.name == base.name:
-                return node, length, below
+                return node, offset, length, below
         raise UsageError(f"{base.filename or base.name} is not in the chain of this disk")
 
 

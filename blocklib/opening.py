@@ -122,7 +122,7 @@ def open_disk(
     if not isinstance(data_file, FromImage):
         raise UnsupportedFeatureError("external data files are not supported yet", features=("external data file",))
     check_references(references)
-    spec, path = _spec_of(target)
+    spec, path = spec_of(target)
     _merge_options(spec, options or {})
     direct, no_flush, writethrough = cache_flags(cache)
     _set_common(spec, "cache.direct", direct, default=False)
@@ -190,7 +190,7 @@ def open_metadata(
 
     Opens no reference and asks no policy, writes nothing, and takes images with features that we cannot read.
     """
-    spec, path = _spec_of(target)
+    spec, path = spec_of(target)
     _merge_options(spec, options or {})
     if format is not None:
         _set_common(spec, "driver", format, default=None)
@@ -205,7 +205,7 @@ def open_metadata(
         raise
 
 
-def _spec_of(target: Target) -> tuple[dict[str, Any], str | os.PathLike[str] | None]:
+def spec_of(target: Target) -> tuple[dict[str, Any], str | os.PathLike[str] | None]:
     """(options of the top node, the path given by the caller or None)."""
     if isinstance(target, Mapping):
         return nest(target), None
@@ -417,7 +417,7 @@ class _Builder:
             if isinstance(below, Disk):
                 backing = below.node
             else:
-                spec, path = _spec_of(below)
+                spec, path = spec_of(below)
                 backing = self.build(spec, path, read_only=True, inherited=inherited, above=above, references=references)
         else:
             named = next((item for item in node.references() if item.kind == "backing"), None)
@@ -437,7 +437,7 @@ class _Builder:
         self._limits.check("chain_depth", len(above), structure="backing chain", node=referrer)
         _refuse_loop(above)
         target = decide(references, Reference(named.kind, named.name, named.format, referrer, len(above)))
-        spec, path = _spec_of(target)
+        spec, path = spec_of(target)
         if "driver" not in spec and named.format is not None:
             if named.format not in _FORMATS_OF_FILES:
                 raise UnsupportedFeatureError(

@@ -206,6 +206,51 @@ def test_any_contiguous_buffer_is_filled_and_written(buffer: Any) -> None:
         assert disk.read(777, 64) == PATTERN[:64]
 
 
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_numbers(kind: Callable[[int], Any]) -> None:
+    make_disk("disk.qcow2", 3 << 30)
+    with blocklib.open("disk.qcow2", "r+", discard="unmap") as disk:
+        assert disk.read(kind(16), kind(100)) == PATTERN[16:116]
+        disk.write(kind(200), b"xyz")
+        buffer = bytearray(3)
+        disk.readinto(kind(200), buffer)
+        assert buffer == b"xyz"
+        disk.write_zeroes(kind(200), kind(3))
+        disk.discard(kind(0), kind(100))
+        assert sum(extent.length for extent in disk.extents(kind(0), kind(100))) == 100
+        assert disk.map(kind(0), kind(100))["length"].sum() == 100
+        assert disk.as_file(kind(16), kind(4)).read() == PATTERN[16:20]
+        if kind is np.int32:
+            with pytest.raises(blocklib.OutOfRangeError):  # their sum is not one of its kind
+                largest: Any = kind(2**31 - 1)
+                disk.read(largest, largest)
+
+
+@pytest.mark.parametrize("number", [1.0, "1", None, b"1", [1]])
+def test_what_is_no_whole_number_is_refused_before_anything_happens(number: Any) -> None:
+    make_disk("disk.qcow2", 1 * MiB + 64 * KiB)
+    before = Path("disk.qcow2").read_bytes()
+    with blocklib.open("disk.qcow2", "r+", discard="unmap") as disk:
+        calls: list[Callable[[], object]] = [
+            lambda: disk.read(number, 1),
+            lambda: disk.read(0, number),
+            lambda: disk.readinto(number, bytearray(1)),
+            lambda: disk.write(number, b"x"),
+            lambda: disk.write_zeroes(number, 1),
+            lambda: disk.write_zeroes(0, number),
+            lambda: disk.discard(number, 1),
+            lambda: disk.discard(0, number),
+            lambda: disk.truncate(number),
+            lambda: disk.extents(number),
+            lambda: disk.map(number),
+            lambda: disk.as_file(number),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError):
+                call()
+    assert Path("disk.qcow2").read_bytes() == before
+
+
 def test_a_buffer_that_cannot_be_filled_is_refused() -> None:
     make_raw("disk.img", 1 * MiB)
     with blocklib.open("disk.img", "r+", format="raw") as disk:
@@ -243,6 +288,37 @@ def test_a_name_that_looks_like_options_is_a_file_name() -> None:
         with pytest.raises(blocklib.ImageNotFoundError):
             blocklib.info(name, format="raw")
     blocklib.open(blocklib.parse_options(text)).close()
+
+
+def test_options_that_name_a_new_file_say_no_more_than_that() -> None:
+    ways: list[dict[str, Any]] = [
+        {"file": "disk.qcow2"},
+        {"filename": "disk.qcow2"},
+        {"driver": "qcow2", "file": {"driver": "file", "filename": "disk.qcow2"}},
+        {"driver": "qcow2", "file.filename": Path("disk.qcow2")},
+        {"driver": "file", "filename": "disk.qcow2"},
+    ]
+    for target in ways:
+        assert blocklib.create(target, 1 * MiB, format="qcow2", overwrite=True).filename == "disk.qcow2"
+        blocklib.open("disk.qcow2").close()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"driver": "raw", "file.filename": "new"}, "driver"),
+        ({"driver": "qcow2", "file.filename": "new", "lazy-refcounts": True}, "lazy-refcounts"),
+        ({"driver": "file", "filename": "new", "cache.direct": True}, "cache"),
+    ]
+    for target, option in wrong:
+        with pytest.raises(blocklib.OptionError) as caught:
+            blocklib.create(target, 1 * MiB, format="qcow2")
+        assert caught.value.option == option
+    no_files: list[dict[str, Any]] = [
+        {},
+        {"driver": "memory", "size": 1},
+        {"driver": "qcow2", "file": {"driver": "null-co"}},
+    ]
+    for target in no_files:
+        with pytest.raises(blocklib.UsageError, match="only a file"):
+            blocklib.create(target, 1 * MiB, format="qcow2")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("target", [b"disk.img", 3, None, ["disk.img"]])

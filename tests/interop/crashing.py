@@ -1,7 +1,7 @@
 """A program that writes to an image and kills itself in the middle: `python -m tests.interop.crashing IMAGE SEED WRITES`.
 
-It dies before write number WRITES reaches the image file (0: it does not die) and prints the number of each step whose
-changes are durable; a program that comes to its end also prints how many writes that took.
+It dies before write number WRITES reaches the image file (0: it does not die).  Whenever it has flushed it prints how many
+steps are durable, and the numbers of the first write of the flush and of the one after it.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ def die_before(write: int) -> list[int]:
 
 def main(path: str, seed: int, write: int) -> None:
     count = die_before(write)
+    before = 0
     with blocklib.open(path, "r+", format="qcow2", references="allow", discard="unmap") as disk:
         cluster_size = disk.info().cluster_size or SECTOR
         for number, step in enumerate(steps(seed)):
+            before = count[0]
             if step is None:
                 disk.flush()
-                print(number, flush=True)
+                print(number, before + 1, count[0] + 1, flush=True)
             else:
                 step.send(disk, cluster_size)
-    print(STEPS, flush=True)
-    print("writes", count[0])
+    print(STEPS, before + 1, count[0] + 1, flush=True)
 
 
 if __name__ == "__main__":

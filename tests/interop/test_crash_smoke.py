@@ -5,10 +5,12 @@ A killed process loses what it had not yet given to the kernel; what a lost mach
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,12 +22,20 @@ from tests.programs import TIMEOUT, Program
 from tests.property.chains import ChainImage, ImageSpec, build_chain, noise, open_image
 
 ROOT = Path(__file__).parents[2]
-POINTS = 8
-"""How many moments of a run are chosen to die at."""
+WITHIN_FLUSHES = 6
+BETWEEN_FLUSHES = 2
 
 
-def run(image: ChainImage, seed: int, write: int) -> tuple[int, list[str]]:
-    """(exit code, lines printed) of the crashing program."""
+class Flushed(NamedTuple):
+    """A flush of the crashing program: how many steps it made durable, its first write, and the first write after it."""
+
+    steps: int
+    first_write: int
+    stop_write: int
+
+
+def run(image: ChainImage, seed: int, write: int) -> tuple[int, list[Flushed]]:
+    """(exit code, flushes) of the crashing program."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.interop.crashing", str(image.path), str(seed), str(write)],
         cwd=ROOT,
@@ -35,7 +45,15 @@ def run(image: ChainImage, seed: int, write: int) -> tuple[int, list[str]]:
         check=False,
     )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, done.stdout.splitlines()
+    return done.returncode, [Flushed(*map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+def moments_to_die(seed: int, flushes: list[Flushed]) -> list[int]:
+    """Numbers of writes: most are those of flushes, where the order matters, some are between them."""
+    choose = random.Random(seed)
+    within = [write for flush in flushes for write in range(flush.first_write, flush.stop_write)]
+    between = sorted({*range(1, flushes[-1].stop_write)} - {*within})
+    return [*choose.sample(within, WITHIN_FLUSHES), *choose.sample(between, BETWEEN_FLUSHES)]
 
 
 def make_image(folder: Path, spec: ImageSpec) -> ChainImage:
@@ -73,18 +91,16 @@ def assert_flushed_content_is_there(image: ChainImage, seed: int, durable: int) 
 def test_a_killed_program_leaves_what_it_flushed_and_at_worst_leaks(spec: ImageSpec, tmp_path: Path, qemu_img: Program) -> None:
     seed = spec.cluster_size + spec.refcount_bits
     image = make_image(tmp_path / "alive", spec)
-    code, lines = run(image, seed, 0)
+    code, flushes = run(image, seed, 0)
     assert code == 0
     assert_flushed_content_is_there(image, seed, STEPS)
     qemu_img("check", "-q", image.path)
-    writes = int(lines[-1].removeprefix("writes "))
-    assert writes > 4 * POINTS
-    for point in range(POINTS):
-        image = make_image(tmp_path / str(point), spec)
-        code, lines = run(image, seed, 1 + point * (writes - 1) // (POINTS - 1))
+    for write in moments_to_die(seed, flushes):
+        image = make_image(tmp_path / str(write), spec)
+        code, flushes = run(image, seed, write)
         assert code == -signal.SIGKILL
         qemu_img("check", "-q", image.path, codes=(0, 3))
-        assert_flushed_content_is_there(image, seed, int(lines[-1]) if lines else -1)
+        assert_flushed_content_is_there(image, seed, flushes[-1].steps if flushes else -1)
         with open_image(image, "r+") as disk:
             disk.write(0, b"life goes on")
         qemu_img("check", "-q", image.path, codes=(0, 3))

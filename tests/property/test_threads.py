@@ -294,6 +294,68 @@ def test_threads_that_copy_one_cluster_for_different_sectors_lose_nothing(
     assert_clean(path, content, qemu_img)
 
 
+# -- clusters that change hands --------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds the first call of a file's method until it is opened."""
+
+    def __init__(self, method: Callable[..., None]) -> None:
+        self._method = method
+        self._first = True
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, offset: int, views: Sequence[memoryview]) -> None:
+        if self._first:
+            self._first = False
+            self.reached.set()
+            assert self.opened.wait(PATIENCE)
+        self._method(offset, views)
+
+
+def _reuse_what_is_free(disk: Disk, cluster_size: int, fill: bytes) -> None:
+    """Discard the first cluster, make that durable, and fill others as long as freed space could be given to them."""
+    disk.discard(0, cluster_size)
+    disk.flush()
+    disk.flush()
+    for cluster in range(1, disk.size // cluster_size):
+        disk.write(cluster * cluster_size, fill * cluster_size)
+
+
+@pytest.mark.parametrize("method", ["preadv", "pwritev"])
+def test_a_cluster_is_not_reused_before_a_request_that_found_it_has_ended(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu_img: Program
+) -> None:
+    cluster_size = 4 * KiB
+    path = make_overlay(tmp_path, 16 * cluster_size, {"cluster_size": cluster_size})
+    with open_overlay(path, "r+") as disk:
+        disk.write(0, b"a" * cluster_size)
+        file = disk.node.children["file"].node
+        gate = Gate(getattr(file, method))
+        found: list[bytes] = []
+
+        def use_the_cluster() -> None:
+            if method == "preadv":
+                found.append(disk.read(0, cluster_size))
+            else:
+                disk.write(0, b"b" * cluster_size)
+
+        def free_the_cluster() -> None:
+            try:
+                assert gate.reached.wait(PATIENCE)
+                _reuse_what_is_free(disk, cluster_size, b"x")
+            finally:
+                gate.opened.set()
+
+        monkeypatch.setattr(file, method, gate)
+        run_together(use_the_cluster, free_the_cluster)
+        assert found in ([], [b"a" * cluster_size])
+        content = bytes(cluster_size) + b"x" * (15 * cluster_size)
+        assert not first_difference(disk.read(0, disk.size), content)
+    assert_clean(path, content, qemu_img)
+
+
 # -- what concerns the whole disk ------------------------------------------------------------------------------------------
 
 
