@@ -68,6 +68,15 @@ def test_a_dirty_image_is_said_to_be_one(blocklib: CommandLine, qemu_img: Progra
     assert blocklib.json("info", "dirty.qcow2") == qemu_img.json("info", "dirty.qcow2")
 
 
+@pytest.mark.parametrize("options", ["data_file=disk.raw", "data_file=disk.raw,data_file_raw=on", "extended_l2=on"])
+def test_an_image_that_cannot_be_read_yet_is_described_as_by_qemu_img(
+    blocklib: CommandLine, qemu_img: Program, here: Path, options: str
+) -> None:
+    qemu_img("create", "-f", "qcow2", "-o", options, "disk.qcow2", "1M")
+    assert blocklib("info", "disk.qcow2") == qemu_img("info", "disk.qcow2")
+    assert blocklib.json("info", "disk.qcow2") == qemu_img.json("info", "disk.qcow2")
+
+
 def test_names_that_are_no_text_are_printed_as_their_bytes(blocklib: CommandLine, qemu_img: Program, here: Path) -> None:
     name = os.fsdecode(b"d\xffsk.raw")
     sparse_raw(name)

@@ -576,9 +576,9 @@ class Qcow2Node(Node):
             return data
         data["lazy-refcounts"] = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
         data["refcount-bits"] = 1 << header.refcount_order
-        data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
-        data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)
         if header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE:
             data["data-file"] = header.data_file_name
             data["data-file-raw"] = bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
+        data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
+        data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)
         return data
