@@ -277,14 +277,22 @@ class Disk:
             change.detach(root)
 
     def abandon(self) -> None:
-        """Close without writing: what was not flushed is lost, what is on disk is valid."""
+        """Wait for requests in flight and close without writing: what was not flushed is lost, what is on disk is valid."""
         root = self._root
         if root is None:
             return
-        self._root = None
         if self._tracker.flags & FORKED:
+            self._root = None
             return
-        self._tracker.refuse(CLOSED)
+        self._tracker.drain()  # a descriptor must not be closed, and its number used again, under a request
+        try:
+            with graph.lock:
+                if self._root is not root:  # another thread has closed it meanwhile
+                    return
+                self._tracker.refuse(CLOSED)
+                self._root = None
+        finally:
+            self._tracker.undrain()
         root.node.parents.remove(root)
         if not root.node.parents:
             graph.close_tree(root.node, abandon=True)

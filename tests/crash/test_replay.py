@@ -5,6 +5,7 @@ Random requests run on a disk that records what reaches it; then the host "crash
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ class Workload:
     base_sectors: int = 0
     resizes: bool = False
     failing_writes: float = 0.0
-    failing_barriers: float = 0.0
+    good_barriers: int | None = None
+    """How many barriers succeed before one fails."""
     n_sites: int = 9
     n_outcomes: int = 5
 
@@ -49,7 +51,7 @@ WORKLOADS = {
     "the disk changes its size": Workload(300, {"cluster_size": 512}, resizes=True, n_sites=14),
     "writes fail": Workload(2000, {"cluster_size": 512, "refcount_bits": 32}, failing_writes=0.02),
     "writes and resizes fail": Workload(600, {"cluster_size": 512}, resizes=True, failing_writes=0.01),
-    "a barrier fails": Workload(2000, {"cluster_size": 512, "refcount_bits": 64}, failing_barriers=0.02),
+    "a barrier fails": Workload(2000, {"cluster_size": 512, "refcount_bits": 64}, good_barriers=30),
     "threads share clusters": Workload(3001, {"cluster_size": 4096}, n_workers=8, stripe=3, n_requests=60),
     "threads own clusters": Workload(
         4001, {"cluster_size": 512, "refcount_bits": 64}, {"l2-cache-size": 2048}, n_workers=8, stripe=32, n_requests=60
@@ -111,12 +113,14 @@ def _work(load: Workload, host: RecordingNode, base: Disk | None, history: Histo
     disk = disk_on(host, options=load.opened, backing=base)
     rnd = random.Random(seed)
 
-    def fail_sometimes(share: float) -> None:
-        if rnd.random() < share:
+    barriers = itertools.count()
+
+    def fail_if(fails: bool) -> None:
+        if fails:
             raise StorageError("the host does not want to", errno=28, operation="injected")
 
-    host.before_write = lambda _offset, _length: fail_sometimes(load.failing_writes)
-    host.before_barrier = lambda: fail_sometimes(load.failing_barriers)
+    host.before_write = lambda _offset, _length: fail_if(rnd.random() < load.failing_writes)
+    host.before_barrier = lambda: fail_if(next(barriers) == load.good_barriers)
     workers = [
         Worker(disk, history, number, load.n_workers, stripe=load.stripe, seed=seed, resizes=load.resizes)
         for number in range(load.n_workers)
@@ -124,7 +128,7 @@ def _work(load: Workload, host: RecordingNode, base: Disk | None, history: Histo
     run_workers(workers, load.n_requests)
     host.before_write = host.before_barrier = None
     if disk.node.poisoned is not None:
-        assert load.failing_writes or load.failing_barriers
+        assert load.failing_writes or load.good_barriers
         disk.abandon()
         return
     difference = difference_in(disk.read(0, disk.size), history.now)
@@ -137,7 +141,9 @@ def _cuts(log: list[Event], rnd: random.Random, n: int) -> list[int]:
     """Places in the log: the end, some anywhere, and more around barriers, where tables are written."""
     barriers = [position for position, event in enumerate(log) if event[0] == "barrier"] or [0]
     cuts = {len(log)}
-    while len(cuts) < n:
+    for _ in range(2 * n):
+        if len(cuts) == n:
+            break
         near = rnd.choice(barriers) + rnd.randrange(-6, 7) if rnd.random() < 0.7 else rnd.randrange(len(log))
         cuts.add(min(max(0, near), len(log)))
     return sorted(cuts)

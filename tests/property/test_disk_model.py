@@ -187,4 +187,5 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 qemu_img = Program(find_program("qemu-img") or "qemu-img")
-TestDiskModel = pytest.mark.requires("qemu-img")(DiskMachine.TestCase)
+# Reducing a failure to its smallest form takes Hypothesis up to five minutes.
+TestDiskModel = pytest.mark.timeout(900)(pytest.mark.requires("qemu-img")(DiskMachine.TestCase))

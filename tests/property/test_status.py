@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,7 @@ def assert_only_above(whole: list[Extent], above: list[Extent], base_depth: int)
                 assert extent.depth < base_depth
 
 
+@pytest.mark.timeout(900)  # reducing a failure to its smallest form takes Hypothesis up to five minutes
 @given(chain=filled_chains(), windows=st.lists(places(), min_size=1, max_size=3))
 @settings(max_examples=settings().max_examples * 2)
 def test_extents_and_map_agree_and_tell_the_truth(

@@ -64,7 +64,7 @@ class TableCache:
         self.max_entries = max(2, capacity // length)
         self._spare = self.max_entries // 16
         self._entries: dict[int, _Entry] = {}
-        self._dirty = 0
+        self._dirty: set[int] = set()
         self._loading: dict[int, threading.Event] = {}
         self._loading_lock = threading.Lock()  # guards: _loading
 
@@ -133,43 +133,41 @@ class TableCache:
         self._entries[host_offset] = entry = _Entry(table)
         if dirty:
             entry.first, entry.stop = 0, len(table)
-            self._dirty += 1
+            self._dirty.add(host_offset)
         if len(self._entries) > self.max_entries:
             self._evict()
 
     def mark_dirty(self, host_offset: int, first: int, stop: int) -> None:
         """Entries [first, stop) of a cached table were changed."""
         entry = self._entries[host_offset]
-        if entry.stop <= entry.first:
-            self._dirty += 1
+        self._dirty.add(host_offset)
         entry.first = min(entry.first, first)
         entry.stop = max(entry.stop, stop)
 
     def drop(self, host_offset: int) -> None:
         """Forget a table whose cluster was freed; its changes must never reach the file."""
-        entry = self._entries.pop(host_offset, None)
-        if entry is not None and entry.first < entry.stop:
-            self._dirty -= 1
+        self._entries.pop(host_offset, None)
+        self._dirty.discard(host_offset)
 
     @property
     def dirty(self) -> bool:
-        return self._dirty > 0
+        return bool(self._dirty)
 
     @property
     def crowded(self) -> bool:
         """Whether dirty tables fill most of the cache: time to write back."""
-        return self._dirty * 4 > self.max_entries * 3
+        return len(self._dirty) * 4 > self.max_entries * 3
 
     def take_dirty(self) -> list[DirtyRange]:
         """Copy every changed range and call the tables clean; give the list to `written` or `put_back` afterwards."""
         ranges = []
-        for host_offset, entry in self._entries.items():
-            if entry.first < entry.stop:
-                data = table_to_bytes(entry.table[entry.first : entry.stop])
-                ranges.append(DirtyRange(host_offset, entry.first, data, entry.table.itemsize))
-                entry.first, entry.stop = len(entry.table), 0
-                entry.busy = True
-        self._dirty = 0
+        for host_offset in sorted(self._dirty):
+            entry = self._entries[host_offset]
+            data = table_to_bytes(entry.table[entry.first : entry.stop])
+            ranges.append(DirtyRange(host_offset, entry.first, data, entry.table.itemsize))
+            entry.first, entry.stop = len(entry.table), 0
+            entry.busy = True
+        self._dirty.clear()
         return ranges
 
     def written(self, ranges: list[DirtyRange]) -> None:
@@ -192,7 +190,7 @@ class TableCache:
     def clear(self) -> None:
         """Forget everything, written or not."""
         self._entries.clear()
-        self._dirty = 0
+        self._dirty.clear()
 
     def _evict(self) -> None:
         """Drop clean tables that were not used since the last look, oldest first; some more than must go, because it looks
@@ -202,7 +200,7 @@ class TableCache:
             if surplus <= 0:
                 return
             entry = self._entries[host_offset]
-            if entry.busy or entry.first < entry.stop:
+            if entry.busy or host_offset in self._dirty:
                 continue
             if entry.used:
                 entry.used = False

@@ -369,12 +369,11 @@ class Qcow2Node(Node):
 
         try:
             self.retry(change)
-        except BlocklibError:  # before anything was linked
-            self.unreserve(ticket)
-            raise
         except BaseException:
-            self._forget_ticket(ticket)
-            self.poison("linking a written cluster was interrupted")
+            if self.poisoned is None:  # nothing was linked
+                self.unreserve(ticket)
+            else:
+                self._forget_ticket(ticket)
             raise
         self.writeback.relieve()
 
@@ -524,13 +523,21 @@ class Qcow2Node(Node):
     # -- what the parts of the driver share ---------------------------------------------------------------------------
 
     def retry(self, change: Callable[[], _T]) -> _T:
-        """Run `change` under the lock; when it needs a table that is not cached, load it and start again."""
+        """Run `change` under the lock; when it needs a table that is not cached, load it and start again.
+
+        What raises an error of ours has changed nothing that matters; anything else may have torn the tables in memory.
+        """
         while True:
             try:
                 with self.lock:
                     return change()
             except MissingTableError as missing:
                 missing.cache.load(missing.host_offset, self.lock)
+            except BlocklibError:
+                raise
+            except BaseException:
+                self.poison("a change of the metadata was interrupted")
+                raise
 
     def rewrite_header(self) -> None:
         """Bring `header` to the file, by one atomic write of its first sector where that can be."""

@@ -118,8 +118,7 @@ class WriteBack:
         node.check_usable()
         self._begun += 1
         failure = self._free_waiting()
-        with node.lock:
-            batch = self._take()
+        batch = node.retry(self._take)
         try:
             self._write(batch)
         except BaseException:

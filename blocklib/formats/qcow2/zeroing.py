@@ -71,8 +71,7 @@ def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
     if offset + length >= node.geometry.round_up(node.size):
         stop = len(mapping.l1)  # nothing lies behind: the last table goes, however little of the disk it maps
     for l1_index in range(first, stop):
-        with node.lock:
-            _forget_table(node, l1_index)
+        node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
 
 
 def _forget_table(node: Qcow2Node, l1_index: int) -> None:
