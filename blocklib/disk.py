@@ -331,7 +331,7 @@ class Disk:
         if self._root is None or self.closed:
             return "<Disk closed>"
         images = [
-            f"{os.path.basename(node.filename) if node.filename else node.name} ({node.driver})"
+            f"{_shown(os.path.basename(node.filename) if node.filename else node.name)} ({node.driver})"
             for node in graph.chain(self._root.node)
         ]
         return f"<Disk {self._mode} {format_size(self._root.node.size)}: {' -> '.join(images)}>"
@@ -386,6 +386,11 @@ def _bytes_view(buffer: AnyBuffer) -> memoryview:
         import ctypes
 
         return memoryview((ctypes.c_char * view.nbytes).from_buffer(view)).cast("B")
+
+
+def _shown(name: str) -> str:
+    """`name` on one line: it may be an image's choice, line ends and all."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _caller() -> str:

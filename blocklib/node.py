@@ -189,6 +189,11 @@ class Node:
         """Whether `zero_range` works; otherwise zeroes are written as bytes."""
         return True
 
+    @property
+    def names_backing(self) -> bool:
+        """Whether the image names a backing file, open or not."""
+        return False
+
     # -- where ranges live --------------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int) -> Run:
@@ -262,6 +267,13 @@ class Node:
     def discard_range(self, offset: int, length: int) -> None:
         """The caller no longer needs the range, aligned to `zero_alignment`; the driver chooses what it reads as now."""
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
+
+    def reach(self, size: int) -> bool:
+        """First half of growing: let requests reach up to `size`, in memory only; `truncate` makes that durable.
+
+        Between the two what the disk gains is made to read as zero.  False where it does so anyway: nothing was done.
+        """
+        return False
 
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
         """Change the size; new bytes read as zero (backing files do not show through).  The caller has drained the node."""

@@ -209,17 +209,22 @@ def discard(node: Node, offset: int, length: int) -> None:
 def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> None:
     """Change the size of a node; bytes that it gains read as zero, whatever lay there or lies below."""
     old_size = node.size
+    if size > old_size and node.reach(size):
+        try:
+            _zero_gained(node, old_size, preallocation)
+        except BaseException:
+            node.size = old_size
+            raise
     node.truncate(size, preallocation)
-    if size <= old_size or node.is_leaf:
-        return
+
+
+def _zero_gained(node: Node, old_size: int, preallocation: Preallocation) -> None:
     unit = node.zero_alignment
     backing = node.children.get("backing")
-    stale_end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
-    # If the backing file shows through anywhere, all of the new part is made zero: it may grow later, too.
-    shows_through = backing is not None and backing.node.size > old_size and preallocation == "off"
-    zero_end = size if shows_through else min(size, stale_end)
-    if zero_end > old_size:
-        write_zeroes(node, old_size, zero_end - old_size, unmap=False)
+    end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
+    if preallocation == "off" and (backing.node.size > old_size if backing is not None else node.names_backing):
+        end = node.size  # the backing file shows through: all of the new part is made zero, for it may grow later, too
+    write_zeroes(node, old_size, min(end, node.size) - old_size, unmap=False)
 
 
 def read_padded(leaf: Node, offset: int, view: memoryview) -> None:

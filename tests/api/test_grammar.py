@@ -290,6 +290,12 @@ def test_a_name_that_looks_like_options_is_a_file_name() -> None:
     blocklib.open(blocklib.parse_options(text)).close()
 
 
+def test_a_disk_is_shown_on_one_line_whatever_its_name() -> None:
+    make_raw("line\nend.img", 1 * MiB)
+    with blocklib.open("line\nend.img", format="raw") as disk:
+        assert repr(disk) == r"<Disk r 1 MiB: line\nend.img (raw)>"
+
+
 def test_options_that_name_a_new_file_say_no_more_than_that() -> None:
     ways: list[dict[str, Any]] = [
         {"file": "disk.qcow2"},

@@ -41,7 +41,8 @@ def stamp_of(sector: bytes) -> int | None:
 class _Change:
     begun: int
     ended: int
-    stamp: int
+    stamp: int | None
+    """None: what lies below shows through, or zeroes."""
     sure: bool
     """Whether the sector has this content afterwards, or may have kept the one before (a discard, a failed write)."""
 
@@ -55,7 +56,9 @@ class History:
         self._changes: dict[int, list[_Change]] = {}
         self._flushes: list[tuple[int, int]] = []  # (begun, ended)
 
-    def change(self, request: Callable[[], object], first: int, n: int, stamp: int, *, sure: bool = True) -> None:
+    def change(
+        self, request: Callable[[], object], first: int, n: int, stamp: int | None, *, sure: bool = True
+    ) -> None:
         """Run a request that gives sectors [first, first + n) a content."""
         begun = len(self._disk.log)
         try:
@@ -91,13 +94,14 @@ class History:
         return self._contents(sector, end, end)
 
     def _contents(self, sector: int, cut: int, durable: int) -> set[int]:
-        allowed = {BASE + sector if sector < self._base_sectors else ZERO}
+        below = BASE + sector if sector < self._base_sectors else ZERO
+        allowed = {below}
         for change in self._changes.get(sector, ()):
             if change.begun > cut:
                 break
             if change.sure and change.ended <= durable:
                 allowed = set()
-            allowed.add(change.stamp)
+            allowed.add(below if change.stamp is None else change.stamp)
         return allowed
 
 
@@ -215,8 +219,8 @@ class Worker:
         disk, history = self.disk, self.history
         before = disk.size // SECTOR
         after = max(1, before + self._rnd.choice((-300, -7, 5, 90, 700)))
-        if after < before:  # what is cut off may be there again if the host crashes
-            history.change(lambda: disk.truncate(after * SECTOR, shrink=True), after, before - after, ZERO, sure=False)
+        if after < before:  # what is cut off may be there again if the host crashes, emptied or not
+            history.change(lambda: disk.truncate(after * SECTOR, shrink=True), after, before - after, None, sure=False)
         else:
             history.change(lambda: disk.truncate(after * SECTOR), before, after - before, ZERO)
 

@@ -431,6 +431,13 @@ class Qcow2Node(Node):
 
         discard_range(self, offset, length)
 
+    def reach(self, size: int) -> bool:
+        from blocklib.formats.qcow2.resize import reach
+
+        self.check_usable()
+        reach(self, size)
+        return True
+
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
         from blocklib.formats.qcow2.resize import resize
 
@@ -510,6 +517,10 @@ class Qcow2Node(Node):
                 self.header.backing_name, self.header.backing_format = before
                 raise
             self.writeback.barrier()
+
+    @property
+    def names_backing(self) -> bool:
+        return self.header.backing_name is not None
 
     @property
     def _has_backing(self) -> bool:

@@ -16,26 +16,44 @@ if TYPE_CHECKING:
     from blocklib.node import Preallocation
 
 
-def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
-    """Make the disk `size` bytes (a multiple of 512) long; the caller has drained it.
+def reach(node: Qcow2Node, size: int) -> None:
+    """Let requests reach up to `size` (a multiple of 512); the caller has drained the node and makes the new part zero.
 
     Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
     """
-    if size % SIZE_UNIT:  # QEMU shows only whole sectors: it would not see the end of the disk
-        raise UsageError(f"{node.filename}: the size of a qcow2 image is a multiple of {SIZE_UNIT}, not {size}")
-    old_size = node.size
+    _check_size(node, size)
+    _lengthen_l1(node, node.geometry.l1_entries_for(size))
+    node.size = size
+
+
+def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
+    """Make the disk `size` bytes (a multiple of 512) long, durably; the caller has drained it.
+
+    Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
+    """
+    _check_size(node, size)
+    old_size = node.header.size // SIZE_UNIT * SIZE_UNIT
     if size < old_size:
         _shrink(node, size)
     elif size > old_size:
-        _grow(node, size)
-        if preallocation != "off":
-            preallocate(node, node.geometry.round_up(old_size), size, preallocation)
+        _lengthen_l1(node, node.geometry.l1_entries_for(size))
+        try:
+            if preallocation != "off":
+                preallocate(node, node.geometry.round_up(old_size), size, preallocation)
+            node.writeback.flush()  # the new part must read as it should before the header has it
+        except BaseException:
+            node.size = old_size
+            raise
+        with node.writeback.structure:
+            node.size = size
+            _rewrite_header(node)
 
 
-def _grow(node: Qcow2Node, size: int) -> None:
-    geometry = node.geometry
-    entries = geometry.l1_entries_for(size)
-    if entries * layout.TABLE_ENTRY_LENGTH > node.limits.l1_bytes or size > geometry.max_virtual_size:
+def _check_size(node: Qcow2Node, size: int) -> None:
+    if size % SIZE_UNIT:  # QEMU shows only whole sectors: it would not see the end of the disk
+        raise UsageError(f"{node.filename}: the size of a qcow2 image is a multiple of {SIZE_UNIT}, not {size}")
+    entries = node.geometry.l1_entries_for(size)
+    if entries * layout.TABLE_ENTRY_LENGTH > node.limits.l1_bytes or size > node.geometry.max_virtual_size:
         raise ImageLimitError(
             f"{node.filename}: {size} bytes need an L1 table of {entries} entries; larger clusters reach further",
             structure="L1 table",
@@ -43,26 +61,23 @@ def _grow(node: Qcow2Node, size: int) -> None:
             found=str(entries * layout.TABLE_ENTRY_LENGTH),
             node=node.filename,
         )
+
+
+def _lengthen_l1(node: Qcow2Node, entries: int) -> None:
+    geometry, mapping = node.geometry, node.mapping
     with node.writeback.structure:
         node.writeback.flush()
-        mapping = node.mapping
-        replaced = None
-        new_table = _write_longer_l1(node, entries) if entries > len(mapping.l1) else None
-        try:
-            if new_table is not None:
-                replaced = node.refcounts.l1_clusters
-                mapping.l1, mapping.l1_offset = new_table
-                node.header.l1_table_offset = mapping.l1_offset
-                clusters = geometry.l1_clusters_for(len(mapping.l1))
-                node.refcounts.l1_clusters = mapping.l1_offset >> geometry.cluster_bits, clusters
-            node.header.l1_size = max(node.header.l1_size, entries)  # the table in memory fills its clusters
-            _write_size(node, size)
-        except BaseException:
-            node.poison("changing the size of the disk was interrupted")
-            raise
-        if replaced is not None:
-            with node.lock:
-                node.writeback.freed.append(replaced)
+        if entries <= len(mapping.l1):
+            return
+        new_l1, new_offset = _write_longer_l1(node, entries)
+        replaced = node.refcounts.l1_clusters
+        mapping.l1, mapping.l1_offset = new_l1, new_offset
+        clusters = geometry.l1_clusters_for(len(new_l1))
+        node.refcounts.l1_clusters = new_offset >> geometry.cluster_bits, clusters
+        node.header.l1_table_offset = new_offset
+        _rewrite_header(node)
+        with node.lock:
+            node.writeback.freed.append(replaced)
 
 
 def _write_longer_l1(node: Qcow2Node, entries: int) -> tuple[Table, int]:
@@ -81,10 +96,18 @@ def _write_longer_l1(node: Qcow2Node, entries: int) -> tuple[Table, int]:
     return table, first << geometry.cluster_bits
 
 
-def _write_size(node: Qcow2Node, size: int) -> None:
-    node.header.size = node.size = size
-    node.rewrite_header()
-    node.writeback.barrier()
+def _rewrite_header(node: Qcow2Node) -> None:
+    """Bring the size of the disk and the place of the L1 table to the file, durably."""
+    header = node.header
+    header.size = node.size
+    # The table in memory fills its clusters; the one in the file is said to end with the disk.
+    header.l1_size = max(header.l1_size, node.geometry.l1_entries_for(node.size))
+    try:
+        node.rewrite_header()
+        node.writeback.barrier()
+    except BaseException:
+        node.poison("changing the size of the disk was interrupted")
+        raise
 
 
 def _shrink(node: Qcow2Node, size: int) -> None:
@@ -99,11 +122,8 @@ def _shrink(node: Qcow2Node, size: int) -> None:
         keep = geometry.round_up(size)
         forget_range(node, keep, geometry.round_up(node.size) - keep)
         node.writeback.flush()
-        try:
-            _write_size(node, size)
-        except BaseException:
-            node.poison("changing the size of the disk was interrupted")
-            raise
+        node.size = size
+        _rewrite_header(node)
 
 
 def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> None:
