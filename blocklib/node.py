@@ -271,7 +271,8 @@ class Node:
     def reach(self, size: int) -> bool:
         """First half of growing: let requests reach up to `size`, in memory only; `truncate` makes that durable.
 
-        Between the two what the disk gains is made to read as zero.  False where it does so anyway: nothing was done.
+        Between the two what the disk gains is made to read as zero; if that fails, the old size takes the first half back.
+        False where new bytes read as zero anyway: nothing was done.
         """
         return False
 

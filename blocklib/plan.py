@@ -209,13 +209,15 @@ def discard(node: Node, offset: int, length: int) -> None:
 def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> None:
     """Change the size of a node; bytes that it gains read as zero, whatever lay there or lies below."""
     old_size = node.size
-    if size > old_size and node.reach(size):
-        try:
-            _zero_gained(node, old_size, preallocation)
-        except BaseException:
-            node.size = old_size
-            raise
-    node.truncate(size, preallocation)
+    if size <= old_size or not node.reach(size):
+        node.truncate(size, preallocation)
+        return
+    try:
+        _zero_gained(node, old_size, preallocation)
+        node.truncate(size, preallocation)
+    except BaseException:
+        node.reach(old_size)
+        raise
 
 
 def _zero_gained(node: Node, old_size: int, preallocation: Preallocation) -> None:

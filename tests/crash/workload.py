@@ -5,6 +5,7 @@ Each sector belongs to one thread, so what was done to it has an order even when
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import threading
@@ -40,7 +41,9 @@ def stamp_of(sector: bytes) -> int | None:
 @dataclass(frozen=True, slots=True)
 class _Change:
     begun: int
+    """The length of the log."""
     ended: int
+    """The time: a request that ends may have changed tables in memory alone, and log nothing."""
     stamp: int | None
     """None: what lies below shows through, or zeroes."""
     sure: bool
@@ -48,13 +51,14 @@ class _Change:
 
 
 class History:
-    """What was done to each sector, in terms of positions in the log of the recording disk."""
+    """What was done to each sector, when, and what was in the log of the recording disk by then."""
 
     def __init__(self, disk: RecordingNode, *, base_sectors: int = 0) -> None:
         self._disk = disk
         self._base_sectors = base_sectors
         self._changes: dict[int, list[_Change]] = {}
-        self._flushes: list[tuple[int, int]] = []  # (begun, ended)
+        self._flushes: list[tuple[int, int]] = []  # (time when it began, length of the log when it ended)
+        self._clock = itertools.count()
 
     def change(
         self, request: Callable[[], object], first: int, n: int, stamp: int | None, *, sure: bool = True
@@ -67,12 +71,12 @@ class History:
             sure = False
             raise
         finally:
-            change = _Change(begun, len(self._disk.log), stamp, sure)
+            change = _Change(begun, next(self._clock), stamp, sure)
             for sector in range(first, first + n):
                 self._changes.setdefault(sector, []).append(change)
 
     def flush(self, request: Callable[[], object]) -> None:
-        begun = len(self._disk.log)
+        begun = next(self._clock)
         request()
         self._flushes.append((begun, len(self._disk.log)))
 
@@ -90,8 +94,7 @@ class History:
 
     def now(self, sector: int) -> set[int]:
         """What a sector may read as with nothing lost."""
-        end = len(self._disk.log)
-        return self._contents(sector, end, end)
+        return self._contents(sector, len(self._disk.log), next(self._clock))
 
     def _contents(self, sector: int, cut: int, durable: int) -> set[int]:
         below = BASE + sector if sector < self._base_sectors else ZERO
@@ -99,7 +102,7 @@ class History:
         for change in self._changes.get(sector, ()):
             if change.begun > cut:
                 break
-            if change.sure and change.ended <= durable:
+            if change.sure and change.ended < durable:
                 allowed = set()
             allowed.add(below if change.stamp is None else change.stamp)
         return allowed

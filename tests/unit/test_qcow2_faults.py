@@ -324,3 +324,27 @@ def test_version_2_writes_zeroes_as_bytes_where_the_caller_has_put_a_disk_below(
         disk.write_zeroes(0, 8192)
         assert disk.read(0, 8192) == bytes(8192)
     base.close()
+
+
+@pytest.mark.parametrize("good_writes", range(8))
+def test_a_disk_that_could_not_grow_shows_nothing_old_when_it_grows_later(good_writes: int) -> None:
+    host, disk, node = made(96 * KiB, cluster_size=512)
+    disk.write(0, b"a" * (96 * KiB))
+    disk.flush()
+    disk.discard(0, 64 * KiB)
+    disk.flush()  # now its clusters, which still hold what was written, are free to be taken
+    writes = iter(range(100))
+    host.before_write = lambda *_: fail() if next(writes) == good_writes else None
+    try:
+        disk.truncate(128 * KiB, preallocation="metadata")
+    except StorageError:
+        assert disk.size == node.header.size == 96 * KiB
+    host.before_write = None
+    if node.poisoned is not None:
+        disk.abandon()
+        return
+    disk.truncate(160 * KiB)
+    assert disk.read(96 * KiB, 64 * KiB) == bytes(64 * KiB)
+    disk.close()
+    with reopened(host) as again:
+        assert again.read(96 * KiB, 64 * KiB) == bytes(64 * KiB)

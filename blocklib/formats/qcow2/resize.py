@@ -19,11 +19,26 @@ if TYPE_CHECKING:
 def reach(node: Qcow2Node, size: int) -> None:
     """Let requests reach up to `size` (a multiple of 512); the caller has drained the node and makes the new part zero.
 
+    A smaller size than the last one takes that back.
+
     Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
     """
+    if size < node.size:
+        _take_back(node, size)
+        return
     _check_size(node, size)
     _lengthen_l1(node, node.geometry.l1_entries_for(size))
     node.size = size
+
+
+def _take_back(node: Qcow2Node, size: int) -> None:
+    """The disk does not grow after all: what was mapped behind its end may never have been made zero."""
+    try:
+        if node.poisoned is None:
+            keep = node.geometry.round_up(size)
+            forget_range(node, keep, node.geometry.round_up(node.size) - keep)
+    finally:
+        node.size = size
 
 
 def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
@@ -37,13 +52,9 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
         _shrink(node, size)
     elif size > old_size:
         _lengthen_l1(node, node.geometry.l1_entries_for(size))
-        try:
-            if preallocation != "off":
-                preallocate(node, node.geometry.round_up(old_size), size, preallocation)
-            node.writeback.flush()  # the new part must read as it should before the header has it
-        except BaseException:
-            node.size = old_size
-            raise
+        if preallocation != "off":
+            preallocate(node, node.geometry.round_up(old_size), size, preallocation)
+        node.writeback.flush()  # the new part must read as it should before the header has it
         with node.writeback.structure:
             node.size = size
             _rewrite_header(node)
