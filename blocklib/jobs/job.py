@@ -151,11 +151,17 @@ class Job(Generic[R]):
     def start(self) -> Self:
         """Begin; the functions of `blocklib.jobs` return jobs that have begun."""
         self._check_process()
-        with self._changed:
-            if self._control.status != "created" or self._thread.ident is not None:
-                self._refuse("start")
-            self._thread.start()
-            _at_work.add(self)
+        try:
+            with self._changed:
+                if self._control.status != "created" or self._thread.ident is not None:
+                    self._refuse("start")
+                _at_work.add(self)
+                self._thread.start()
+        except KeyboardInterrupt:  # while the thread was starting: nobody holds the job yet that could cancel it
+            if self._thread.ident is not None:
+                self.cancel(force=True)
+                self._join()
+            raise
         return self
 
     def cancel(self, force: bool = False) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -628,22 +627,6 @@ def test_ctrl_c_while_waiting_cancels_the_job_and_goes_up(
         with pytest.raises(KeyboardInterrupt):
             blocklib.convert(disk, tmp_path / "t.raw", format="raw", speed=1)
     assert not (tmp_path / "t.raw").exists()
-
-
-def test_an_interrupt_ends_a_convert_between_pieces_and_removes_its_file(tmp_path: Path, source: Path) -> None:
-    target = tmp_path / "t.raw"
-    program = f"""
-import blocklib
-with blocklib.open({str(source)!r}, format="raw") as disk:
-    blocklib.convert(disk, {str(target)!r}, format="raw", speed=1, progress=lambda p: print("working", flush=True))
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"working\n"
-        child.send_signal(signal.SIGINT)
-        _out, errors = child.communicate(timeout=60)
-    assert errors.rstrip().endswith(b"KeyboardInterrupt")
-    assert not target.exists()
 
 
 def test_progress_ends_at_the_size_of_the_disk(tmp_path: Path, source: Path) -> None:
