@@ -7,15 +7,13 @@ accepted, and nothing at all to an image that is open read-only.
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
-from blocklib.formats.qcow2.compression import decompress
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
 from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
@@ -96,6 +94,14 @@ class Qcow2Node(Node):
     @property
     def file(self) -> Edge:
         return self.children["file"]
+
+    @property
+    def data(self) -> Edge:
+        """The child that guest clusters lie in."""
+        return self.children["file"]
+
+    def data_edge(self) -> Edge:
+        return self.data
 
     def load(self) -> None:
         """Read and accept the header, the L1 table and the refcount table.
@@ -255,7 +261,7 @@ class Qcow2Node(Node):
         table = mapping.cache.peek(slice_offset)
         if table is None:
             table = mapping.cache.load(slice_offset, self.lock)
-        return mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.children["file"])
+        return mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.data)
 
     def resolve_table(self, offset: int, length: int) -> RunTable:
         from blocklib.formats.qcow2.mapping_table import resolve_table
@@ -263,37 +269,7 @@ class Qcow2Node(Node):
         return resolve_table(self.mapping, self.file, offset, length)
 
     def read_special(self, offset: int, view: memoryview) -> bool:
-        """Decode one compressed cluster and copy the part asked for."""
-        mapping = self.mapping
-        slice_offset = mapping.slice_at(offset)
-        table = None if slice_offset is None else mapping.cache.peek(slice_offset)
-        if table is None and slice_offset is not None:
-            table = mapping.cache.load(slice_offset, self.lock)
-        entry = table[mapping.index_in_slice(offset)] if table is not None else 0
-        if not entry & layout.FLAG_COMPRESSED:
-            return False
-        host_offset, length = self.geometry.decode_compressed(entry)
-        if host_offset >= self.file.size:
-            raise ImageCorruptError(
-                f"{self.filename}: a compressed cluster at {host_offset:#x} lies outside the file",
-                structure="compressed cluster descriptor",
-                host_offset=host_offset,
-                expected=f"an offset below {self.file.size}",
-                found=f"{host_offset:#x}",
-                node=self.filename,
-            )
-        data = bytearray(length)
-        self.file.read(host_offset, memoryview(data))
-        cluster = decompress(
-            data,
-            self.geometry.cluster_size,
-            self.header.compression_type,
-            host_offset=host_offset,
-            node=self.filename,
-        )
-        start = offset & self.geometry.cluster_mask
-        view[:] = memoryview(cluster)[start : start + len(view)]
-        return True
+        return special.read(self, offset, view)
 
     def ask_for_holes(self) -> None:
         """Find out, before block status is reported, whether data clusters may be holes in the file."""
@@ -321,105 +297,21 @@ class Qcow2Node(Node):
                 host_offset, n = mapping.in_place_run(table, index, stop)
                 if n:
                     fits = (n << self.geometry.cluster_bits) - in_cluster
-                    return self.children["file"], host_offset + in_cluster, min(length, fits), None
-        return self.retry(lambda: self._prepare_locked(offset, length))
-
-    def _prepare_locked(self, offset: int, length: int) -> WriteRun:
-        self.check_writable()
-        mapping, geometry = self.mapping, self.geometry
-        bits = geometry.cluster_bits
-        in_cluster = offset & geometry.cluster_mask
-        first = offset >> bits
-        stop_cluster = self.allocations.wait_for(first, (offset + length + geometry.cluster_mask) >> bits)
-        _slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
-        index = mapping.index_in_slice(offset)
-        stop = min(len(table), index + stop_cluster - first)
-        host_offset, n = mapping.in_place_run(table, index, stop)
-        ticket = None
-        if not n:
-            host_offset, n = mapping.preallocated_run(table, index, stop)
-            preallocated = n > 0
-            if not n:
-                host_cluster, n = self.refcounts.allocate(mapping.new_run(table, index, stop))
-                host_offset = host_cluster << bits
-            ticket = AllocationTicket(self, first, first + n, host_offset >> bits, preallocated=preallocated)
-            self.allocations.add(ticket)
-        length = min(length, (n << bits) - in_cluster)
-        if ticket is not None:
-            used = (in_cluster + length + geometry.cluster_mask) >> bits
-            assert used == n
-            ticket.head = in_cluster
-            ticket.tail = (n << bits) - in_cluster - length
-        return self.file, host_offset + in_cluster, length, ticket
+                    return self.data, host_offset + in_cluster, min(length, fits), None
+        return self.retry(lambda: writing.prepare(self, offset, length))
 
     def link(self, ticket: AllocationTicket) -> None:
         """Point the L2 entries of a ticket at its host clusters: the write is part of the image from now on."""
-        offset = ticket.first << self.geometry.cluster_bits
-        mapping = self.mapping
-
-        n = ticket.stop - ticket.first
-
-        def change() -> None:
-            slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
-            index = mapping.index_in_slice(offset)
-            lost = [] if ticket.preallocated else mapping.host_clusters_of(table[index : index + n])
-            mapping.link(slice_offset, table, index, ticket.host_cluster << self.geometry.cluster_bits, n)
-            self.writeback.freed.extend(lost)
-            self.allocations.remove(ticket)
-
-        try:
-            self.retry(change)
-        except BaseException:
-            if self.poisoned is None:  # nothing was linked
-                self.unreserve(ticket)
-            else:
-                self._forget_ticket(ticket)
-            raise
-        self.writeback.relieve()
+        writing.link(self, ticket)
 
     def unreserve(self, ticket: AllocationTicket) -> None:
         """Give back the host clusters of a ticket whose write failed; nobody has seen them."""
-
-        def change() -> None:
-            if not ticket.preallocated:
-                self.refcounts.release(ticket.host_cluster, ticket.stop - ticket.first)
-            self.allocations.remove(ticket)
-
-        try:
-            self.retry(change)
-        except BaseException:
-            self._forget_ticket(ticket)  # its host clusters leak, but nobody waits for it
-            raise
-
-    def _forget_ticket(self, ticket: AllocationTicket) -> None:
-        with self.lock:
-            if self.allocations.holds(ticket):
-                self.allocations.remove(ticket)
+        writing.unreserve(self, ticket)
 
     def zero_part(self, offset: int, length: int) -> bool:
-        done = self.retry(lambda: self._zero_part_locked(offset))
+        done = self.retry(lambda: writing.zero_part(self, offset))
         self.writeback.relieve()
         return done
-
-    def _zero_part_locked(self, offset: int) -> bool:
-        """Whether the cluster reads as zero already, or could be made a zero cluster because nothing else is in it."""
-        mapping = self.mapping
-        first = offset >> self.geometry.cluster_bits
-        self.allocations.wait_for_all(first, first + 1)
-        slice_offset = mapping.slice_at(offset)
-        entry = 0
-        if slice_offset is not None:
-            entry = mapping.cache.need(slice_offset)[mapping.index_in_slice(offset)]
-        if entry & layout.FLAG_COMPRESSED:
-            return False
-        if entry & layout.FLAG_ZERO:
-            return True
-        if entry & layout.OFFSET_MASK or self._has_backing:
-            return False
-        if self.header.version > layout.VERSION_2:
-            slice_offset, table = mapping.slice_for_change(offset, self.refcounts, self.writeback.freed)
-            mapping.replace(slice_offset, table, mapping.index_in_slice(offset), array("Q", (layout.FLAG_ZERO,)))
-        return True
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         from blocklib.formats.qcow2.zeroing import zero_range
@@ -523,13 +415,14 @@ class Qcow2Node(Node):
         return self.header.backing_name is not None
 
     @property
-    def _has_backing(self) -> bool:
+    def has_backing(self) -> bool:
+        """Whether something below shows through where this image holds nothing, open or not."""
         return self.header.backing_name is not None or "backing" in self.children
 
     @property
     def zeroes_by_metadata(self) -> bool:
         # Version 2 has no zero clusters: only an absent one reads as zero, and only where nothing shows through.
-        return self.header.version > layout.VERSION_2 or not self._has_backing
+        return self.header.version > layout.VERSION_2 or not self.has_backing
 
     # -- what the parts of the driver share ---------------------------------------------------------------------------
 
@@ -580,23 +473,7 @@ class Qcow2Node(Node):
         return self.geometry.cluster_size
 
     def info_facts(self) -> Mapping[str, Any]:
-        return {
-            "encrypted": self.header.crypt_method != layout.CRYPT_NONE,
-            "dirty": bool(self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY),
-        }
+        return telling.info_facts(self)
 
     def format_specific(self) -> Mapping[str, Any]:
-        header = self.header
-        data: dict[str, Any] = {"compat": "0.10" if header.version == layout.VERSION_2 else "1.1"}
-        data["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
-        if header.version == layout.VERSION_2:
-            data["refcount-bits"] = 16
-            return data
-        data["lazy-refcounts"] = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
-        data["refcount-bits"] = 1 << header.refcount_order
-        if header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE:
-            data["data-file"] = header.data_file_name
-            data["data-file-raw"] = bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
-        data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
-        data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)
-        return data
+        return telling.format_specific(self)

@@ -45,7 +45,7 @@ def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
 
     With ``discard-no-unref`` only their space on the host is given back, and a later write finds them where they were.
     """
-    shows_backing = _shows_backing(node)
+    shows_backing = node.has_backing
     if node.header.version == layout.VERSION_2:
         if not shows_backing:
             _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
@@ -95,10 +95,6 @@ def _keeps_clusters(node: Qcow2Node) -> bool:
 def _is_own(entry: int) -> bool:
     """Whether an entry has a whole host cluster that nothing else refers to."""
     return bool(entry & layout.FLAG_COPIED and entry & layout.OFFSET_MASK and not entry & layout.FLAG_COMPRESSED)
-
-
-def _shows_backing(node: Qcow2Node) -> bool:
-    return node.header.backing_name is not None or "backing" in node.children
 
 
 def _each_slice(
