@@ -227,9 +227,16 @@ BITMAP_ENTRY_LENGTH: Final = 24
 BITMAP_FLAG_IN_USE: Final = 1 << 0
 BITMAP_FLAG_AUTO: Final = 1 << 1
 BITMAP_FLAG_EXTRA_DATA_COMPATIBLE: Final = 1 << 2
+BITMAP_RESERVED_FLAGS: Final = 0xFFFF_FFF8
+"""'Bits 3 - 31 are reserved and must be 0.'"""
+BITMAP_ALIGNMENT: Final = 8
+BITMAP_MAX_GRANULARITY_BITS: Final = 63
+"""'Valid values: 0 - 63.'"""
 BITMAP_TYPE_DIRTY_TRACKING: Final = 1
 BITMAP_TABLE_ALL_ONES: Final = 1 << 0
 """Bitmap table entry without an offset: the cluster reads as all ones."""
+BITMAP_TABLE_RESERVED_MASK: Final = 0xFF00_0000_0000_01FE
+"""Bitmap table entry bits 1-8 and 56-63, 'reserved and must be zero'."""
 
 # Limits --------------------------------------------------------------------------------------------------------------
 
@@ -247,6 +254,12 @@ MAX_BITMAPS: Final = 65535
 """'QEMU currently only supports up to 65535 bitmaps per image.'"""
 MAX_BITMAP_NAME_LENGTH: Final = 1023
 """'QEMU currently doesn't support values greater than 1023.'"""
+MAX_BITMAP_DIRECTORY_BYTES: Final = 1024 * MAX_BITMAPS
+"""QEMU's limit: 64 MiB, whatever the lengths of names and extra data add up to."""
+MAX_BITMAP_TABLE_ENTRIES: Final = 1 << 27
+"""QEMU's limit for one bitmap table."""
+MAX_BITMAP_BYTES: Final = 512 << 20
+"""QEMU's limit for the data of one bitmap, in whole clusters: it is held in memory."""
 MIN_BITMAP_GRANULARITY_BITS: Final = 9
 MAX_BITMAP_GRANULARITY_BITS: Final = 31
 """'QEMU currently supports only values 9 - 31', of the 0 - 63 that the format allows."""
