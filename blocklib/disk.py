@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable
     from blocklib.node import Node, Preallocation
+    from blocklib.snapshots import Snapshots
 
 AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
 """What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
@@ -110,6 +111,13 @@ class Disk:
             format_specific=node.format_specific(),
             **node.info_facts(),
         )
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """The snapshots inside the top image."""
+        from blocklib.snapshots import Snapshots
+
+        return Snapshots(self)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

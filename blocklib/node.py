@@ -19,7 +19,7 @@ from blocklib.requests import RangeLock
 if TYPE_CHECKING:
     from blocklib.extents import Run, RunTable
     from blocklib.graph import Edge
-    from blocklib.reports import CheckReport, RepairReport
+    from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
     from blocklib.requests import RequestTracker
 
 DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
@@ -322,6 +322,25 @@ class Node:
     ) -> RepairReport:
         """Repair what `check` finds: see `blocklib.repair`.  The caller has drained the node."""
         raise self._incapable("repaired")
+
+    def list_snapshots(self) -> Sequence[SnapshotInfo]:
+        """The snapshots inside the image, in its order.  Raises ImageError where they make no sense."""
+        return ()
+
+    def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep the present state inside the image.  The caller has drained the node, here and below, and holds `resizing`.
+
+        Raises UsageError, ImageError with nothing changed.
+        """
+        raise self._incapable("given internal snapshots")
+
+    def apply_snapshot(self, id: str, name: str) -> None:
+        """Bring back the state, and the size, that a snapshot holds.  Raises NameNotFoundError, ImageError."""
+        raise self._incapable("given internal snapshots")
+
+    def delete_snapshot(self, id: str, name: str) -> None:
+        """Forget a snapshot.  Raises NameNotFoundError, ImageError."""
+        raise self._incapable("given internal snapshots")
 
     def make_empty(self) -> None:
         """Forget all data, so that the backing file shows through again; the caller has drained the node."""

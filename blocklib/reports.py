@@ -21,6 +21,11 @@ class SnapshotInfo:
     vm_state_size: int
     vm_clock_ns: int
     size: int
+    """Of its disk, which may have been resized since."""
+    icount: int | None = None
+    """Instructions that the guest had executed, where they were counted."""
+    created_nsec: int = 0
+    """Nanoseconds behind the whole second of `created`, as stored."""
 
 
 @dataclass(frozen=True, slots=True)

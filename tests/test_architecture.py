@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),
+    frozenset({"snapshots"}),
     frozenset({"disk"}),
     frozenset({"opening"}),
     frozenset({"creating"}),

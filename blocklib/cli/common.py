@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from blocklib.cli.getopt import Given, Option, UsageFailure
@@ -129,10 +130,12 @@ def open_image(
     discard: Literal["ignore", "unmap"] = "ignore",
     share: bool = True,
     alone: bool = False,
+    snapshot: Mapping[str, str] | None = None,
 ) -> Disk:
     """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
 
-    Without `share`, -U is for other images of the command line.  `alone`: without what is below it.
+    Without `share`, -U is for other images of the command line.  `alone`: without what is below it.  `snapshot`: options
+    that name the snapshot to be read.
     """
     from blocklib.opening import FROM_IMAGE, open_disk
 
@@ -147,7 +150,32 @@ def open_image(
         discard=discard,
         force_share=share and given.has("-U"),
         backing=None if alone else FROM_IMAGE,
+        options=snapshot,
     )
+
+
+def open_snapshot(session: Session, given: Given, name: Name, *, cache: CacheMode = "writeback") -> Disk:
+    """Open the snapshot that -l names, to be read, or the image itself where there is no -l.
+
+    Its text is ``snapshot.id=ID,snapshot.name=NAME``, either or both, or else an ID, or else a name.
+    """
+    from blocklib.errors import NameNotFoundError
+    from blocklib.options import parse_options
+
+    text = given.last("-l")
+    if text is None:
+        return open_image(session, given, name, cache=cache)
+    if text.startswith("snapshot."):
+        parsed = parse_options(text)
+        parts = parsed.pop("snapshot")
+        if parsed or not isinstance(parts, Mapping) or not parts.keys() <= {"id", "name"}:
+            raise Failure(f"-l {text}: what says which snapshot is snapshot.id, snapshot.name, or both")
+        options = {f"snapshot.{key}": str(value) for key, value in parts.items()}
+        return open_image(session, given, name, cache=cache, snapshot=options)
+    try:
+        return open_image(session, given, name, cache=cache, snapshot={"snapshot.id": text})
+    except NameNotFoundError:
+        return open_image(session, given, name, cache=cache, snapshot={"snapshot.name": text})
 
 
 def warn_of_guess(session: Session, filename: str) -> None:

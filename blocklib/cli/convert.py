@@ -19,6 +19,7 @@ from blocklib.cli.common import (
     check_objects,
     name_of,
     open_image,
+    open_snapshot,
     run_job,
     size_value,
     target_of,
@@ -87,7 +88,9 @@ def run(session: Session, given: Given) -> int:
     target_cache = cache_mode(given, "-t", "unsafe")
     report = progress.reporter(session, given, "convert")
     with ExitStack() as stack:
-        sources = [stack.enter_context(open_image(session, given, name_of(given, name), cache=source_cache)) for name in names]
+        sources = [
+            stack.enter_context(open_snapshot(session, given, name_of(given, name), cache=source_cache)) for name in names
+        ]
         if given.has("-n"):
             target = stack.enter_context(_open_target(session, given, target_name, target_cache))
             target_name = target.chain()[0].filename or target_name
@@ -105,13 +108,15 @@ def run(session: Session, given: Given) -> int:
 
 
 def _refuse_what_is_not_there(given: Given) -> None:
-    for option, what in (("-l", "internal snapshots"), ("--bitmaps", "bitmaps")):
+    for option, what in (("--bitmaps", "bitmaps"),):
         if given.has(option):
             raise UnsupportedFeatureError(f"convert {option}: {what} are not supported yet", features=(what,))
 
 
 def _check_combination(given: Given) -> None:
     """Raises Failure for options that exclude each other, or that need one that is missing."""
+    if given.has("-l") and len(given.operands) > 2:
+        raise Failure("-l is for one image: snapshots are not joined to one disk")
     if given.has("--skip-broken-bitmaps"):
         raise Failure("--skip-broken-bitmaps needs --bitmaps")
     if given.has("-n"):

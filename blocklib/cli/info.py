@@ -116,12 +116,14 @@ def json_of(info: ImageInfo) -> dict[str, Any]:
 
 
 def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Any]:
+    found: dict[str, Any]
     clock_seconds, clock_rest = divmod(snapshot.vm_clock_ns, _SECOND)
-    return {
+    found = {} if snapshot.icount is None else {"icount": snapshot.icount}
+    return found | {
         "vm-clock-nsec": clock_rest,
         "name": snapshot.name,
         "date-sec": int(snapshot.created.timestamp()),
-        "date-nsec": snapshot.created.microsecond * 1000,
+        "date-nsec": snapshot.created_nsec,
         "vm-clock-sec": clock_seconds,
         "id": snapshot.id,
         "vm-state-size": snapshot.vm_state_size,
@@ -170,5 +172,6 @@ def snapshot_table(snapshots: tuple[SnapshotInfo, ...]) -> list[str]:
         clock = f"{hours:02}:{minutes:02}:{seconds:02}.{snapshot.vm_clock_ns % _SECOND // 10**6:03}"
         date = snapshot.created.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         name = f"{printable(snapshot.id):<9} {printable(snapshot.name):<16}"
-        lines.append(f"{name} {format_size(snapshot.vm_state_size):>8} {date:>19} {clock:>12}")
+        icount = "" if snapshot.icount is None else str(snapshot.icount)
+        lines.append(f"{name} {format_size(snapshot.vm_state_size):>8} {date:>19} {clock:>12} {icount:>10}")
     return lines

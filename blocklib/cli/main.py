@@ -40,6 +40,7 @@ COMMANDS = {
     "measure": "tell how many bytes a new image needs",
     "rebase": "change the image below an image",
     "resize": "change the size of an image",
+    "snapshot": "keep states of a disk inside its image, and go back to them",
 }
 """Every command, and what it does.  Each is the module of its name beside this one."""
 

@@ -14,7 +14,7 @@ from blocklib.cli.common import (
     OUTPUT,
     check_objects,
     name_of,
-    open_image,
+    open_snapshot,
     run_job,
     size_value,
     wants_json,
@@ -23,7 +23,6 @@ from blocklib.cli.create import CREATION_OPTIONS, parse_option_lists, print_opti
 from blocklib.cli.getopt import Given, Option, Syntax
 from blocklib.cli.output import json_text
 from blocklib.cli.session import Failure, Session
-from blocklib.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from blocklib.reports import MeasureResult
@@ -71,8 +70,6 @@ def _check_combination(given: Given) -> None:
                 raise Failure(f"{option} says something of a file, and none is named")
     if given.has("--size") == bool(given.operands):
         raise Failure("either --size or a file says what is measured")
-    if given.has("-l"):
-        raise UnsupportedFeatureError("measure -l: internal snapshots are not supported yet", features=("snapshots",))
 
 
 def _measured(session: Session, given: Given, driver: str) -> MeasureResult:
@@ -84,7 +81,7 @@ def _measured(session: Session, given: Given, driver: str) -> MeasureResult:
         if size is not None:
             length = size_value(size, "size")
             return run_job(session, lambda: jobs.measure(size=length, format=driver, options=options), report)
-        source = stack.enter_context(open_image(session, given, name_of(given, given.operands[0])))
+        source = stack.enter_context(open_snapshot(session, given, name_of(given, given.operands[0])))
         return run_job(session, lambda: jobs.measure(source, format=driver, options=options), report)
 
 

@@ -84,6 +84,7 @@ _QCOW2: tuple[Option, ...] = (
     Option("backing", "node", "The backing node instead of the one the image names; null for none at all"),
     Option("lazy-refcounts", "bool", "Reference counts may be postponed (they never are); default: what the image says"),
     Option("pass-discard-request", "bool", "Where discard is unmap, discard in the file what becomes free", default=True),
+    Option("pass-discard-snapshot", "bool", "Discard in the file what becomes free with a deleted snapshot", default=True),
     Option("discard-no-unref", "bool", "Keep the clusters of discarded ranges, without their space", default=False),
     Option("cache-size", "size", "Memory for both metadata caches together"),
     Option("l2-cache-size", "size", "Memory for the cache of L2 tables"),
@@ -96,6 +97,8 @@ _QCOW2: tuple[Option, ...] = (
         power_of_two=True,
     ),
     Option("refcount-cache-size", "size", "Memory for the cache of refcount blocks"),
+    Option("snapshot.id", "str", "Read the snapshot with this ID instead of the present state"),
+    Option("snapshot.name", "str", "Read the snapshot of this name instead of the present state"),
 )
 
 OPEN: Mapping[str, tuple[Option, ...]] = {
@@ -185,8 +188,6 @@ NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
         "encrypt",
         "overlap-check",
         "pass-discard-other",
-        "pass-discard-snapshot",
-        "snapshot",
     ),
     ("create", "file"): _FILE_HINTS,
     ("create", "qcow2"): (*_FILE_HINTS, "data_file", "data_file_raw", "encrypt", "encryption", "extended_l2"),

@@ -77,7 +77,6 @@ def test_called_as_qemu_img_the_version_begins_as_its_own() -> None:
         (["--nothing"], "unknown option '--nothing' (see 'blocklib --help')"),
         (["info", "--nothing"], "unknown option '--nothing' (see 'blocklib info --help')"),
         (["info", "-f"], "option '-f' needs a value (see 'blocklib info --help')"),
-        (["snapshot", "-l", "a"], "unknown command 'snapshot' (see 'blocklib --help')"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_with_a_hint(blocklib: CommandLine, arguments: list[str], line: str) -> None:

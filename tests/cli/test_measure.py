@@ -60,7 +60,7 @@ def test_help_for_options_lists_them(blocklib: CommandLine) -> None:
         (["--size", "1G", "-f", "raw"], "-f"),
         (["--size", "1G", "--image-opts"], "--image-opts"),
         (["--size", "1G", "-l", "x"], "-l"),
-        (["-l", "before", "a"], "snapshots"),
+        (["-l", "before", "a"], "snapshot"),
         (["-O", "nothing", "a"], "nothing"),
         (["-O", "qcow2", "-o", "cluster_size=3", "--size", "1G"], "cluster_size"),
         (["-O", "qcow2", "-o", "bogus=3", "--size", "1G"], "bogus"),

@@ -461,7 +461,6 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
         ("create", "nocow", "on", "nocow"),
         ("open", "data-file.driver", "file", "data-file"),
         ("open", "data-file", "node0", "data-file"),
-        ("open", "snapshot.name", "monday", "snapshot"),
         ("open", "overlap-check", "all", "overlap-check"),
         ("open", "cache-clean-interval", 60, "cache-clean-interval"),
         ("open", "overlap-check.template", "all", "overlap-check"),

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
+from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError, UsageError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
@@ -21,7 +21,8 @@ from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.settings import settings_for
-from blocklib.formats.qcow2.tables import read_table
+from blocklib.formats.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
+from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
 from blocklib.node import (
     CONSISTENT_READ,
@@ -40,7 +41,7 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.graph import Edge
-    from blocklib.reports import CheckReport, RepairReport
+    from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
 
 _T = TypeVar("_T")
 
@@ -72,6 +73,7 @@ class Qcow2Node(Node):
         self.allocations = Allocations(self.lock)
         self.writeback = WriteBack(self)
         self._holes_asked = False
+        self.snapshots: list[Snapshot] = []
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Qcow2Node:
@@ -117,11 +119,12 @@ class Qcow2Node(Node):
             return
         self._refuse_what_is_not_supported(self.header)
         header, geometry = self.header, self.geometry
+        self.snapshots = read_snapshots(file, header, node=self.filename)
         settings = settings_for(self.options, header, node=self.filename)
         self.mapping = ClusterMapping(
             file,
             geometry,
-            read_table(file, "Q", header.l1_table_offset, header.l1_size * 8),
+            self._read_l1(),
             header.l1_table_offset,
             version=header.version,
             slice_length=settings.slice_length,
@@ -136,12 +139,27 @@ class Qcow2Node(Node):
             cache_bytes=max(settings.refcount_cache, 1 << 20, 8 << geometry.cluster_bits),
             node=self.filename,
         )
-        self.refcounts.l1_clusters = self._l1_clusters()
+        self.refcounts.l1_clusters = self.active_l1_clusters()
         if not self.read_only:
             self._refuse_what_cannot_be_written()
             self.tracker = RequestTracker()
 
-    def _l1_clusters(self) -> tuple[int, int]:
+    def _read_l1(self) -> Table:
+        """The active L1 table; that of a snapshot, with the size of its disk, where the options name one."""
+        id, name = self.options.get("snapshot.id"), self.options.get("snapshot.name")
+        if id is None and name is None:
+            return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
+        if not self.read_only:
+            raise UsageError(f"{self.filename}: a snapshot can only be read", node=self.filename)
+        from blocklib.formats.qcow2.snapshot_changes import load_l1, snapshot_size
+
+        index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
+        l1 = load_l1(self, index)
+        self.size = snapshot_size(self, self.snapshots[index])
+        return l1
+
+    def active_l1_clusters(self) -> tuple[int, int]:
+        """(first cluster, number) of the active L1 table."""
         geometry = self.geometry
         return self.mapping.l1_offset >> geometry.cluster_bits, geometry.l1_clusters_for(len(self.mapping.l1))
 
@@ -176,8 +194,6 @@ class Qcow2Node(Node):
             )
         if header.extension(layout.EXTENSION_BITMAPS) is not None:
             raise self._unsupported("bitmaps", "opened for writing")
-        if header.nb_snapshots:
-            raise self._unsupported("internal snapshots", "opened for writing")
 
     def _unsupported(self, feature: str, verb: str) -> UnsupportedFeatureError:
         return UnsupportedFeatureError(
@@ -340,6 +356,28 @@ class Qcow2Node(Node):
         if self.read_only or self.metadata_only:
             return
         self.writeback.flush()
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def list_snapshots(self) -> Sequence[SnapshotInfo]:
+        if self.metadata_only:
+            self.snapshots = read_snapshots(self.file, self.header, node=self.filename)
+        return [entry.info(self.header.size) for entry in self.snapshots]
+
+    def create_snapshot(self, name: str) -> SnapshotInfo:
+        from blocklib.formats.qcow2 import snapshot_changes
+
+        return snapshot_changes.create(self, name).info(self.header.size)
+
+    def apply_snapshot(self, id: str, name: str) -> None:
+        from blocklib.formats.qcow2 import snapshot_changes
+
+        snapshot_changes.apply(self, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
+
+    def delete_snapshot(self, id: str, name: str) -> None:
+        from blocklib.formats.qcow2 import snapshot_changes
+
+        snapshot_changes.delete(self, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
 
     # -- whole images -------------------------------------------------------------------------------------------------
 

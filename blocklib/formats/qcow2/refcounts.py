@@ -233,6 +233,10 @@ class Refcounts:
             cluster += n
         return freed
 
+    def free_from(self, cluster: int) -> None:
+        """Counts have fallen to zero from this cluster on, around the cache."""
+        self._hint = min(self._hint, cluster)
+
     def sole_runs(self, first: int, n_clusters: int) -> list[tuple[int, int]]:
         """The parts of a run that `release` would free, (first cluster, number) each: those with a refcount of one.
 

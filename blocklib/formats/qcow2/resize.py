@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from typing import TYPE_CHECKING, Final
 
@@ -27,8 +28,37 @@ def reach(node: Qcow2Node, size: int) -> None:
         _take_back(node, size)
         return
     _check_size(node, size)
+    _refuse_for_snapshots(node, size)
     _lengthen_l1(node, node.geometry.l1_entries_for(size))
+    _forget_vm_state(node, size)
     node.size = size
+
+
+def _forget_vm_state(node: Qcow2Node, size: int) -> None:
+    """A virtual machine's state begins where the disk's last L2 table ends: none of it may become part of the disk."""
+    geometry = node.geometry
+    first, stop = geometry.l1_entries_for(node.size), geometry.l1_entries_for(size)
+    if any(node.mapping.l1[first:stop]):
+        forget_range(node, first << geometry.l1_shift, (stop - first) << geometry.l1_shift)
+
+
+def _refuse_for_snapshots(node: Qcow2Node, size: int) -> None:
+    """Raises UnsupportedFeatureError where a snapshot keeps the disk from having this size."""
+    if node.header.version == layout.VERSION_2 and node.snapshots:
+        raise UnsupportedFeatureError(
+            f"{node.filename}: a version 2 image with internal snapshots cannot be resized: "
+            "its snapshots do not say what size their disks have",
+            features=("internal snapshots",),
+            node=node.filename,
+        )
+    for entry in node.snapshots:
+        if entry.disk_size is not None and size < entry.disk_size and size < node.size:
+            raise UnsupportedFeatureError(
+                f"{node.filename}: {size} bytes is less than the {entry.disk_size} of the disk in snapshot "
+                f"{os.fsdecode(entry.name)!r}; delete it first",
+                features=("internal snapshots",),
+                node=node.filename,
+            )
 
 
 def _take_back(node: Qcow2Node, size: int) -> None:
@@ -47,6 +77,7 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
     Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
     """
     _check_size(node, size)
+    _refuse_for_snapshots(node, size)
     old_size = node.header.size // SIZE_UNIT * SIZE_UNIT
     if size < old_size:
         _shrink(node, size)
@@ -122,12 +153,6 @@ def _rewrite_header(node: Qcow2Node) -> None:
 
 
 def _shrink(node: Qcow2Node, size: int) -> None:
-    if node.header.nb_snapshots:
-        raise UnsupportedFeatureError(
-            f"{node.filename}: an image with internal snapshots cannot shrink",
-            features=("internal snapshots",),
-            node=node.filename,
-        )
     geometry = node.geometry
     with node.writeback.structure:
         keep = geometry.round_up(size)

@@ -16,6 +16,7 @@ def info_facts(node: Qcow2Node) -> Mapping[str, Any]:
     return {
         "encrypted": node.header.crypt_method != layout.CRYPT_NONE,
         "dirty": bool(node.header.incompatible_features & layout.INCOMPATIBLE_DIRTY),
+        "snapshots": tuple(node.list_snapshots()),
     }
 
 
