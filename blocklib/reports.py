@@ -24,8 +24,8 @@ class SnapshotInfo:
     """Of its disk, which may have been resized since."""
     icount: int | None = None
     """Instructions that the guest had executed, where they were counted."""
-    created_nsec: int = 0
-    """Nanoseconds behind the whole second of `created`, as stored."""
+    created_nsec: int | None = None
+    """Nanoseconds behind the whole second of `created`, as stored, which a datetime does not hold."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,10 +168,11 @@ def open_snapshot(session: Session, given: Given, name: Name, *, cache: CacheMod
     if text.startswith("snapshot."):
         parsed = parse_options(text)
         parts = parsed.pop("snapshot")
-        if parsed or not isinstance(parts, Mapping) or not parts.keys() <= {"id", "name"}:
+        options = {f"snapshot.{key}": value for key, value in parts.items()} if isinstance(parts, Mapping) else {}
+        strings = {key: value for key, value in options.items() if isinstance(value, str)}
+        if parsed or strings != options or not strings.keys() <= {"snapshot.id", "snapshot.name"}:
             raise Failure(f"-l {text}: what says which snapshot is snapshot.id, snapshot.name, or both")
-        options = {f"snapshot.{key}": str(value) for key, value in parts.items()}
-        return open_image(session, given, name, cache=cache, snapshot=options)
+        return open_image(session, given, name, cache=cache, snapshot=strings)
     try:
         return open_image(session, given, name, cache=cache, snapshot={"snapshot.id": text})
     except NameNotFoundError:

@@ -118,12 +118,13 @@ def json_of(info: ImageInfo) -> dict[str, Any]:
 def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Any]:
     found: dict[str, Any]
     clock_seconds, clock_rest = divmod(snapshot.vm_clock_ns, _SECOND)
+    nanoseconds = snapshot.created_nsec
     found = {} if snapshot.icount is None else {"icount": snapshot.icount}
     return found | {
         "vm-clock-nsec": clock_rest,
         "name": snapshot.name,
         "date-sec": int(snapshot.created.timestamp()),
-        "date-nsec": snapshot.created_nsec,
+        "date-nsec": snapshot.created.microsecond * 1000 if nanoseconds is None else nanoseconds,
         "vm-clock-sec": clock_seconds,
         "id": snapshot.id,
         "vm-state-size": snapshot.vm_state_size,
