@@ -99,6 +99,27 @@ _QCOW2: tuple[Option, ...] = (
     Option("refcount-cache-size", "size", "Memory for the cache of refcount blocks"),
     Option("snapshot.id", "str", "Read the snapshot with this ID instead of the present state"),
     Option("snapshot.name", "str", "Read the snapshot of this name instead of the present state"),
+    Option(
+        "overlap-check",
+        "choice",
+        "Which structures of the image no write may hit: none, constant (those in known places), cached (default), all",
+        choices=("none", "constant", "cached", "all"),
+    ),
+    Option(
+        "overlap-check.template",
+        "choice",
+        "The same, to be combined with the single ones",
+        choices=("none", "constant", "cached", "all"),
+    ),
+    Option("overlap-check.main-header", "bool", "No write may hit the header"),
+    Option("overlap-check.active-l1", "bool", "No write may hit the active L1 table"),
+    Option("overlap-check.active-l2", "bool", "No write may hit an active L2 table"),
+    Option("overlap-check.refcount-table", "bool", "No write may hit the refcount table"),
+    Option("overlap-check.refcount-block", "bool", "No write may hit a refcount block"),
+    Option("overlap-check.snapshot-table", "bool", "No write may hit the snapshot table"),
+    Option("overlap-check.inactive-l1", "bool", "No write may hit the L1 table of a snapshot"),
+    Option("overlap-check.inactive-l2", "bool", "No write may hit an L2 table of a snapshot; they are read for that"),
+    Option("overlap-check.bitmap-directory", "bool", "No write may hit the bitmap directory"),
 )
 
 OPEN: Mapping[str, tuple[Option, ...]] = {
@@ -186,7 +207,6 @@ NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
         "cache-clean-interval",
         "data-file",
         "encrypt",
-        "overlap-check",
         "pass-discard-other",
     ),
     ("create", "file"): _FILE_HINTS,

@@ -341,7 +341,7 @@ def test_an_option_that_every_driver_has_can_be_typed_without_one() -> None:
 
 @pytest.mark.parametrize("value", ["off", False, "none", "0", 0])
 def test_an_option_of_qemu_that_we_lack_may_ask_for_nothing(value: object) -> None:
-    assert "overlap-check" not in check_options("qcow2", {"file": "x", "overlap-check": value})
+    assert "nocow" not in check_options("qcow2", {"nocow": value}, table="create")
 
 
 def test_a_bad_choice_names_the_choices() -> None:
@@ -461,9 +461,7 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
         ("create", "nocow", "on", "nocow"),
         ("open", "data-file.driver", "file", "data-file"),
         ("open", "data-file", "node0", "data-file"),
-        ("open", "overlap-check", "all", "overlap-check"),
         ("open", "cache-clean-interval", 60, "cache-clean-interval"),
-        ("open", "overlap-check.template", "all", "overlap-check"),
     ],
 )
 def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: str, value: object, feature: str) -> None:

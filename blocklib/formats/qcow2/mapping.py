@@ -62,6 +62,7 @@ class Mapping:
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
         self._cluster_mask = geometry.cluster_mask
+        self._misaligned = _OFFSET_MASK & geometry.cluster_mask
         self._l1_shift = geometry.l1_shift
         self.slice_length = slice_length
         self.slice_entries = slice_length // layout.L2_ENTRY_LENGTH
@@ -220,6 +221,8 @@ class Mapping:
             entry = table[j]
             if entry & _COPIED and not entry & _COMPRESSED and entry & _OFFSET_MASK:
                 break
+            if entry & self._misaligned and not entry & _COMPRESSED:
+                raise self.bad_entry(entry, "a cluster aligned offset")
             j += 1
         return j - index
 
@@ -248,6 +251,8 @@ class Mapping:
                 first = host_offset >> bits
                 n = ((host_offset + length - 1) >> bits) - first + 1
             else:
+                if entry & self._misaligned:
+                    raise self.bad_entry(entry, "a cluster aligned offset")
                 first = (entry & _OFFSET_MASK) >> bits
                 n = 1
                 if not first:

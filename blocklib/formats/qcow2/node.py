@@ -14,11 +14,13 @@ from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeature
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
+from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
 from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
+from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.settings import settings_for
 from blocklib.formats.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
@@ -72,6 +74,8 @@ class Qcow2Node(Node):
         """Guards tables, counts, allocations and the list of freed clusters; memory only, never held across I/O."""
         self.allocations = Allocations(self.lock)
         self.writeback = WriteBack(self)
+        self.corruption: str | None = None
+        """What was found corrupt on the way to a write, after which nothing more is written."""
         self._holes_asked = False
         self.snapshots: list[Snapshot] = []
 
@@ -140,8 +144,11 @@ class Qcow2Node(Node):
             node=self.filename,
         )
         self.refcounts.l1_clusters = self.active_l1_clusters()
+        self.guard = self.refcounts.guard = OverlapGuard(self, kinds_for(self.options))
+        self.corruption = None
         if not self.read_only:
             self._refuse_what_cannot_be_written()
+            self.guard.refresh()
             self.tracker = RequestTracker()
 
     def _read_l1(self) -> Table:
@@ -230,9 +237,16 @@ class Qcow2Node(Node):
             )
 
     def close(self) -> None:
-        if not self.read_only and not self.metadata_only:
+        try:
+            if not self.read_only and not self.metadata_only:
+                self._finish()
+        finally:
+            self.abandon()
+
+    def _finish(self) -> None:
+        """Write everything, or raise ImageCorruptError where something is left that may not be written any more."""
+        if self.corruption is None or self.writeback.has_changes:
             self.writeback.finish()
-        self.abandon()
 
     def abandon(self) -> None:
         if not self.metadata_only and hasattr(self, "mapping"):
@@ -248,9 +262,10 @@ class Qcow2Node(Node):
 
     def prepare_reopen(self, *, read_only: bool) -> PendingChange:
         if read_only:
-            self.writeback.finish()
+            self._finish()
         else:
             self._refuse_what_cannot_be_written()
+            self.guard.refresh()
 
         def commit() -> None:
             self.read_only = read_only
@@ -303,17 +318,21 @@ class Qcow2Node(Node):
         if self.poisoned is not None:
             self.check_usable()
         mapping = self.mapping
-        slice_offset = mapping.slice_at(offset)
-        if slice_offset is not None:
-            table = mapping.cache.peek(slice_offset)
-            if table is not None:
-                in_cluster = offset & self.geometry.cluster_mask
-                index = mapping.index_in_slice(offset)
-                stop = min(len(table), index + self.geometry.clusters_for(in_cluster + length))
-                host_offset, n = mapping.in_place_run(table, index, stop)
-                if n:
-                    fits = (n << self.geometry.cluster_bits) - in_cluster
-                    return self.data, host_offset + in_cluster, min(length, fits), None
+        try:
+            slice_offset = mapping.slice_at(offset)
+            trusted = self.guard.trusted.get(slice_offset) if slice_offset is not None else None
+            if slice_offset is not None and trusted is not None:
+                table = mapping.cache.peek(slice_offset)
+                if table is not None:
+                    in_cluster = offset & self.geometry.cluster_mask
+                    index = mapping.index_in_slice(offset)
+                    stop = min(len(table), index + self.geometry.clusters_for(in_cluster + length))
+                    host_offset, n = mapping.in_place_run(table, index, stop)
+                    if n and (trusted[index] if n == 1 else 0 not in trusted[index : index + n]):
+                        fits = (n << self.geometry.cluster_bits) - in_cluster
+                        return self.data, host_offset + in_cluster, min(length, fits), None
+        except ImageCorruptError:
+            pass  # the slow way meets it again, and does what is to be done then
         return self.retry(lambda: writing.prepare(self, offset, length))
 
     def link(self, ticket: AllocationTicket) -> None:
@@ -464,11 +483,22 @@ class Qcow2Node(Node):
 
     # -- what the parts of the driver share ---------------------------------------------------------------------------
 
-    def retry(self, change: Callable[[], _T]) -> _T:
+    def retry(self, change: Callable[[], _T], *, marks: bool = True) -> _T:
         """Run `change` under the lock; when it needs a table that is not cached, load it and start again.
 
         What raises an error of ours has changed nothing that matters; anything else may have torn the tables in memory.
+        An image that proves to be corrupt is marked so, with `marks`, and refuses changes from then on.
         """
+        if not marks:
+            return self._retry(change)
+        refuse_corrupt(self)
+        try:
+            return self._retry(change)
+        except ImageCorruptError as error:
+            mark_corrupt(self, error)
+            raise
+
+    def _retry(self, change: Callable[[], _T]) -> _T:
         while True:
             try:
                 with self.lock:
@@ -480,6 +510,10 @@ class Qcow2Node(Node):
             except BaseException:
                 self.poison("a change of the metadata was interrupted")
                 raise
+
+    def check_usable(self) -> None:
+        super().check_usable()
+        refuse_corrupt(self)
 
     def rewrite_header(self) -> None:
         """Bring `header` to the file, by one atomic write of its first sector where that can be."""

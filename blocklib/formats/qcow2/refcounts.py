@@ -17,6 +17,7 @@ from blocklib.formats.qcow2.tables import Table, zero_table
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
+    from blocklib.formats.qcow2.overlap import OverlapGuard
     from blocklib.graph import Edge
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
@@ -54,6 +55,10 @@ class Refcounts:
         self._end = 0  # behind the last cluster that was taken here
         self.l1_clusters = (0, 0)
         """(first cluster, number) of the L1 table, for `allocate` to keep off."""
+        self.guard: OverlapGuard | None = None
+        """Looks at what is about to be taken, before it is."""
+        self.new_blocks: set[int] = set()
+        """Host offsets of blocks that no flush has taken to the file yet."""
         self.dirty_table_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
         self.table_moved = False
@@ -144,10 +149,12 @@ class Refcounts:
 
     # -- allocating ---------------------------------------------------------------------------------------------------
 
-    def allocate(self, n_clusters: int, *, exactly: bool = False) -> tuple[int, int]:
+    def allocate(self, n_clusters: int, *, exactly: bool = False, for_data: bool = False) -> tuple[int, int]:
         """Take a run of free clusters, first fit: (first cluster, number taken, at least one).
 
-        With `exactly` the run has all `n_clusters`.  Each gets refcount 1.
+        With `exactly` the run has all `n_clusters`.  Each gets refcount 1.  Who asks says so if no table is put there.
+
+        Raises MissingTableError, ImageLimitError; ImageCorruptError where what should be free cannot be.
         """
         start = self._hint
         while True:
@@ -173,8 +180,16 @@ class Refcounts:
                 start = first + got
                 continue
             self._refuse_metadata(first, got)
+            self._look_at(first, got, "guest data" if for_data else "a new table", is_table=not for_data)
             self._take(first, got)
             return first, got
+
+    def _look_at(self, first: int, n_clusters: int, what: str, *, is_table: bool) -> None:
+        if self.guard is not None:
+            bits = self.geometry.cluster_bits
+            self.guard.check(first << bits, n_clusters << bits, what)
+            if is_table:
+                self.guard.table_placed()
 
     def _refuse_far(self, cluster: int) -> None:
         """Raises ImageCorruptError where full blocks go on far behind all that is there: they would keep us busy for hours."""
@@ -396,8 +411,10 @@ class Refcounts:
         first = block_index << self._block_bits
         cluster_bits = self.geometry.cluster_bits
         self._check_room(block_index, n_blocks)
+        self._look_at(first, n_blocks, "a new refcount block", is_table=True)
         for i in range(n_blocks):
             offset = (first + i) << cluster_bits
+            self.new_blocks.add(offset)
             self.table[block_index + i] = offset
             self.dirty_table_entries.add(block_index + i)
             self.cache.insert(offset, zero_table(self.cache.typecode, self.geometry.cluster_size), dirty=True)
@@ -433,10 +450,12 @@ class Refcounts:
                 node=self._node,
             )
         self._check_room(block_index, n_blocks + wanted)
+        first = block_index << self._block_bits
+        self._look_at(first, n_blocks + wanted, "a new refcount table", is_table=True)
         old_first = self.table_offset >> geometry.cluster_bits
         self.table.extend(array("Q", bytes((wanted << geometry.cluster_bits) - len(self.table) * 8)))
         self._place_blocks(block_index, n_blocks)
-        table_first = (block_index << self._block_bits) + n_blocks
+        table_first = first + n_blocks
         self._take(table_first, wanted)
         self.outgrown_tables.append((old_first, old_clusters))
         self.table_offset = table_first << geometry.cluster_bits

@@ -194,7 +194,7 @@ def _map_all(node: Qcow2Node, offset: int, end: int, runs: list[tuple[int, int]]
         if table[index]:
             index += 1
             continue
-        first, n = node.refcounts.allocate(_unmapped_run(table, index, stop))
+        first, n = node.refcounts.allocate(_unmapped_run(table, index, stop), for_data=True)
         mapping.link(slice_offset, table, index, first << bits, n)
         runs.append((first, n))
         index += n
@@ -226,7 +226,7 @@ def looks_preallocated(node: Qcow2Node) -> bool:
     refcounts = node.refcounts
     for block_index in range(min(len(refcounts.table), (file_clusters >> geometry.refcount_block_bits) + 1)):
         if refcounts.table[block_index]:
-            block = node.retry(lambda block_index=block_index: refcounts.block(block_index))  # type: ignore[misc]
+            block = node.retry(lambda block_index=block_index: refcounts.block(block_index), marks=False)  # type: ignore[misc]
             used += _count_used(block, geometry.refcount_bits)
             if used >= cutoff:
                 return True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blocklib.errors import BlocklibError
 from blocklib.formats.qcow2.cache import DirtyRange
+from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, REFCOUNT_BLOCK, REFCOUNT_TABLE
 from blocklib.formats.qcow2.tables import table_to_bytes
 
 if TYPE_CHECKING:
@@ -98,10 +99,18 @@ class WriteBack:
         """Flush, and flush the counts of what that set free, until nothing is left to write.  No request is in flight."""
         with self._structure:
             failure = self._write_back()
-            while self._waiting or self.freed or self._node.refcounts.cache.dirty:
+            while self.has_changes:
                 failure = self._write_back() or failure
         if failure is not None:
             raise failure
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether anything is left to be written or given back."""
+        mapping, refcounts = self._node.mapping, self._node.refcounts
+        return bool(
+            self._waiting or self.freed or refcounts.cache.dirty or mapping.cache.dirty or mapping.dirty_l1
+        )
 
     def barrier(self) -> None:
         """Make what was written to the file durable; a failure poisons the image."""
@@ -117,9 +126,11 @@ class WriteBack:
         node = self._node
         node.check_usable()
         self._begun += 1
+        node.guard.refresh()
         failure = self._free_waiting()
         batch = node.retry(self._take)
         try:
+            self._refuse_overlaps(batch)
             self._write(batch)
         except BaseException:
             with node.lock:
@@ -157,6 +168,7 @@ class WriteBack:
         refcounts.outgrown_tables = []
         table_entries = [(index, refcounts.table[index]) for index in sorted(refcounts.dirty_table_entries)]
         refcounts.dirty_table_entries = set()
+        self._node.guard.tables_linked([index for index, _ in l1_entries], [index for index, _ in table_entries])
         return _Batch(
             # After the L2 slices: a count is raised before the entry that relies on it is made.
             blocks=refcounts.cache.take_dirty(),
@@ -182,6 +194,25 @@ class WriteBack:
         refcounts.dirty_table_entries.update(index for index, _entry in batch.table_entries)
         self.freed = batch.freed + self.freed
         self._counted = self._freed_clusters = 0
+
+    def _refuse_overlaps(self, batch: _Batch) -> None:
+        """Raises ImageCorruptError, with nothing written, where a part of the batch would overwrite something else."""
+        node = self._node
+
+        def check() -> None:
+            guard, mapping = node.guard, node.mapping
+            for dirty in batch.blocks:
+                guard.check(dirty.host_offset, len(dirty.data), "a refcount block", REFCOUNT_BLOCK)
+            for slices in (batch.new_slices, batch.doubtful_slices, batch.slices):
+                for dirty in slices:
+                    guard.check(dirty.host_offset, len(dirty.data), "an L2 table", ACTIVE_L2)
+            for index, _entry in batch.l1_entries:
+                guard.check(mapping.l1_offset + index * 8, 8, "the L1 table", ACTIVE_L1)
+            for index, _entry in batch.table_entries:
+                guard.check(batch.table_offset + index * 8, 8, "the refcount table", REFCOUNT_TABLE)
+
+        if node.guard.kinds:
+            node.retry(check)
 
     def _write(self, batch: _Batch) -> None:
         node = self._node
@@ -240,7 +271,7 @@ class WriteBack:
         node = self._node
         try:
             if node.punches_holes:
-                for start, length in node.retry(lambda: node.refcounts.sole_runs(first, n)):
+                for start, length in node.retry(lambda: node.refcounts.sole_runs(first, n), marks=False):
                     node.punch(start, length)
         finally:
-            node.retry(lambda: node.refcounts.release(first, n))
+            node.retry(lambda: node.refcounts.release(first, n), marks=False)

@@ -24,16 +24,21 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
     in_cluster = offset & geometry.cluster_mask
     first = offset >> bits
     stop_cluster = node.allocations.wait_for(first, (offset + length + geometry.cluster_mask) >> bits)
-    _slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
+    slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(offset)
     stop = min(len(table), index + stop_cluster - first)
     host_offset, n = mapping.in_place_run(table, index, stop)
     ticket = None
-    if not n:
+    if n:
+        if node.data is node.file:
+            node.guard.trust(slice_offset, len(table), index, host_offset, n)
+    else:
         host_offset, n = mapping.preallocated_run(table, index, stop)
         preallocated = n > 0
-        if not n:
-            host_cluster, n = node.refcounts.allocate(mapping.new_run(table, index, stop))
+        if preallocated:
+            node.guard.check(host_offset, n << bits, "guest data")
+        else:
+            host_cluster, n = node.refcounts.allocate(mapping.new_run(table, index, stop), for_data=True)
             host_offset = host_cluster << bits
         ticket = AllocationTicket(node, first, first + n, host_offset >> bits, preallocated=preallocated)
         node.allocations.add(ticket)
@@ -63,7 +68,7 @@ def link(node: Qcow2Node, ticket: AllocationTicket) -> None:
     try:
         node.retry(change)
     except BaseException:
-        if node.poisoned is None:  # nothing was linked
+        if node.poisoned is None and node.corruption is None:  # nothing was linked
             unreserve(node, ticket)
         else:
             _forget(node, ticket)
@@ -73,6 +78,10 @@ def link(node: Qcow2Node, ticket: AllocationTicket) -> None:
 
 def unreserve(node: Qcow2Node, ticket: AllocationTicket) -> None:
     """Give back the host clusters of a ticket whose write failed; nobody has seen them."""
+
+    if node.corruption is not None:  # counts are not changed any more
+        _forget(node, ticket)
+        return
 
     def change() -> None:
         if not ticket.preallocated:

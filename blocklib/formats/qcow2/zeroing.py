@@ -110,7 +110,7 @@ def _each_slice(
     slice_bytes = mapping.slice_entries << node.geometry.cluster_bits
     end = node.geometry.round_up(offset + length)
     while offset < end:
-        if skip_unmapped and mapping.slice_at(offset) is None:
+        if skip_unmapped and node.retry(lambda offset=offset: mapping.slice_at(offset)) is None:  # type: ignore[misc]
             offset += mapping.unmapped_length(offset, min(end, node.geometry.round_up(node.size)) - offset)
             continue
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
