@@ -15,10 +15,12 @@ from blocklib.errors import (
     UsageError,
 )
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
-from blocklib.opening import image_info, open_disk, spec_of
+from blocklib.opening import FROM_IMAGE, image_info, open_disk, open_metadata, spec_of
 from blocklib.options import OptionValue, check_options
-from blocklib.policy import PlainPath, Target, resolve_backing_name
+from blocklib.policy import PlainPath, Target, has_protocol, resolve_backing_name
 from blocklib.reports import ImageInfo
+
+_SIZE_UNIT = 512
 
 
 def create(
@@ -35,7 +37,8 @@ def create(
 
     `backing` is stored as given, relative to the image's folder; without `size` the new disk is as large as it.
     `options` are the format's creation options in QEMU's names.  A file that exists is replaced only with `overwrite`; a
-    block device is written into.
+    block device is written into.  A data file is made beside the image, where the image will look for it, under the same
+    rule; what it held is gone.
 
     Raises ImageExistsError, OptionError, UsageError, LockedError, StorageError; a file that this call made is removed.
     """
@@ -45,12 +48,18 @@ def create(
         if typed.get("backing_file") is None:
             raise UsageError("a new image needs a size, or a backing file to take it from")
         typed["size"] = _backing_size(path, typed["backing_file"], typed["backing_fmt"])
-    made = _claim(path, overwrite=overwrite)
+    drivers.load(format).image_maker(typed)  # refuses what makes no sense before any file is touched
+    made: list[str] = []
     try:
-        _fill(path, format, typed, empty_first=not made)
+        data_path = typed.get("data_file") and _data_path(path, typed["data_file"])
+        if data_path is not None:
+            _make_data_file(path, data_path, typed["size"], made, overwrite=overwrite)
+        if _claim(path, overwrite=overwrite):
+            made.append(path)
+        _fill(path, format, typed, data_path, empty_first=path not in made)
     except BaseException:
-        if made:
-            os.unlink(path)
+        for name in made:
+            os.unlink(name)
         raise
     return image_info(PlainPath(path), format=format)
 
@@ -113,8 +122,31 @@ def _creation_options(
 
 def _backing_size(path: str, name: str, format: str) -> int:
     full_name = resolve_backing_name(path, name)
-    with open_disk(PlainPath(full_name), format=format, backing=None) as disk:
+    with open_metadata(PlainPath(full_name), format=format) as disk:
         return disk.size
+
+
+def _data_path(path: str, name: str) -> str:
+    """Where the image at `path` looks for a data file of that name.  Raises UsageError for what is no path."""
+    if has_protocol(name):
+        raise UsageError(f"{name!r}: a data file can be made only as a file; a file of that name is './{name}'")
+    return resolve_backing_name(path, name)
+
+
+def _make_data_file(path: str, data_path: str, size: int, made: list[str], *, overwrite: bool) -> None:
+    """An empty data file for the new image at `path`; its name is added to `made` if it was not there before."""
+    same = os.path.realpath(path) == os.path.realpath(data_path)
+    if same or (os.path.exists(path) and os.path.exists(data_path) and os.path.samefile(path, data_path)):
+        raise UsageError(f"{data_path}: an image cannot be its own data file")
+    if _claim(data_path, overwrite=overwrite):
+        made.append(data_path)
+    with _OpenFile(data_path) as root:
+        if not root.edge.node.is_device:
+            root.edge.truncate(0)
+        elif root.edge.size < size:
+            raise UsageError(f"{data_path}: the device has {root.edge.size} bytes, the disk {size}")
+        root.edge.truncate(-(-size // _SIZE_UNIT) * _SIZE_UNIT)
+        root.edge.flush()
 
 
 def _claim(path: str, *, overwrite: bool) -> bool:
@@ -134,15 +166,19 @@ def _claim(path: str, *, overwrite: bool) -> bool:
     return True
 
 
-def _fill(path: str, format: str, typed: Mapping[str, Any], *, empty_first: bool) -> None:
-    make = drivers.load(format).image_maker(typed)  # refuses what makes no sense before the file is touched
+def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | None, *, empty_first: bool) -> None:
+    make = drivers.load(format).image_maker(typed)
     with _OpenFile(path) as root:
         if empty_first and not root.edge.node.is_device:
             root.edge.truncate(0)
         make(root.edge)
-    if typed["preallocation"] != "off" and format != "raw":
-        with open_disk(PlainPath(path), "r+", format=format) as disk:
-            disk.node.preallocate(typed["preallocation"])
+    mode = typed["preallocation"]
+    if mode == "off" and typed.get("data_file_raw"):
+        mode = "metadata"  # what is not mapped would not be part of the data file
+    if mode != "off" and format != "raw":
+        data_file = FROM_IMAGE if data_path is None else {"driver": "file", "filename": data_path}
+        with open_disk(PlainPath(path), "r+", format=format, backing=None, data_file=data_file) as disk:
+            disk.node.preallocate(mode)
 
 
 class _OpenFile:

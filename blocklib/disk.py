@@ -91,7 +91,8 @@ class Disk:
     def chain(self) -> tuple[NodeInfo, ...]:
         """The images from the top down to the last backing file."""
         return tuple(
-            NodeInfo(node.name, node.driver, node.filename, node.size, node.read_only) for node in graph.chain(self.node)
+            NodeInfo(node.name, node.driver, node.filename, node.size, node.read_only, graph.data_filename(node))
+            for node in graph.chain(self.node)
         )
 
     def info(self) -> ImageInfo:

@@ -391,6 +391,12 @@ def backing_of(node: Node) -> Node | None:
     return edge.node if edge is not None else None
 
 
+def data_filename(node: Node) -> str | None:
+    """The file that the plain data of one image is in, by its name; None where that is not a file."""
+    edge = node.data_edge()
+    return node.filename if edge is None else data_filename(edge.node) if not edge.node.is_leaf else edge.node.filename
+
+
 def chain(node: Node) -> list[Node]:
     """The images of a backing chain, top first; a protocol node that an image is stored in is not one of them."""
     nodes: list[Node] = []

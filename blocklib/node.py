@@ -190,6 +190,11 @@ class Node:
         return True
 
     @property
+    def needs_data_file(self) -> bool:
+        """Whether guest data lies in a file of its own, the child "data-file"."""
+        return False
+
+    @property
     def names_backing(self) -> bool:
         """Whether the image names a backing file, open or not."""
         return False

@@ -64,7 +64,7 @@ def open(
 
     `target` is a path, or options in QEMU's names, nested or dotted.  `format` None looks for the magic of a known format;
     raw has none and must be said.  No file but `target` is opened unless `references` allows it ("allow", or a policy of
-    `blocklib.policy`), or unless the caller names it as `backing`; ``backing=None`` reads this image alone.
+    `blocklib.policy`), or unless the caller names it as `backing` or `data_file`; ``backing=None`` reads this image alone.
 
     Raises PolicyError, LockedError, ImageNotFoundError, StorageError, ImageError (FormatMismatchError, ImageCorruptError,
     ImageLimitError, UnsupportedFeatureError), OptionError, UsageError.
@@ -119,8 +119,6 @@ def open_disk(
     """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image."""
     if mode not in ("r", "r+"):
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
-    if not isinstance(data_file, FromImage):
-        raise UnsupportedFeatureError("external data files are not supported yet", features=("external data file",))
     check_references(references)
     spec, path = spec_of(target)
     _merge_options(spec, options or {})
@@ -134,6 +132,10 @@ def open_disk(
         if "backing" in spec:
             raise OptionError("the backing node is given twice: in the target and as backing=", option="backing")
         spec["backing"] = cast("Any", backing)
+    if not isinstance(data_file, FromImage):
+        if "data-file" in spec:
+            raise OptionError("the data file is given twice: in the target and as data_file=", option="data-file")
+        spec["data-file"] = cast("Any", data_file)
     if format is not None:
         _set_common(spec, "driver", format, default=None)
     elif references != "deny" and "driver" not in spec and not guess_raw:
@@ -311,6 +313,7 @@ class _Builder:
         node = self._format(driver, options, file_node, read_only=read_only, guessed=guessed)
         if not self._metadata_only:
             policy = references if references is not None else self._references
+            self._open_data_file(node, options, passed_down, above, policy, guessed=guessed)
             self._open_backing(node, options, passed_down, above, policy, guessed=guessed)
         return node
 
@@ -399,6 +402,64 @@ class _Builder:
         node.load()
         return node
 
+    def _open_data_file(
+        self,
+        node: Node,
+        options: Mapping[str, Any],
+        inherited: Mapping[str, Any],
+        above: tuple[Node, ...],
+        references: References,
+        *,
+        guessed: bool,
+    ) -> None:
+        """Open the file that the image keeps guest data in, if it has one: the caller's, or the one that it names.
+
+        Raises ImageCorruptError where nobody names one, OptionError where one is given that the image does not use.
+        """
+        given = options.get("data-file", FROM_IMAGE)
+        if not node.needs_data_file:
+            if not isinstance(given, FromImage):
+                text = f"{node.filename}: a data file is given, but the image keeps its data in itself"
+                raise OptionError(text, option="data-file", driver=node.driver, node=node.filename)
+            return
+        inherited = {**inherited, "discard": "unmap"}
+        if isinstance(given, Disk):
+            data = given.node
+            if data.read_only and not node.read_only:
+                raise ReadOnlyError(f"{data.filename or data.name}: the data file is open for reading only", node=data.name)
+        elif not isinstance(given, FromImage):
+            spec, path = spec_of(given)
+            data = self._build_data_file(spec, path, node, inherited)
+        else:
+            named = next((item for item in node.references() if item.kind == "data-file"), None)
+            if named is None:
+                raise ImageCorruptError(
+                    f"{node.filename}: the image keeps its data in a file that it does not name; data_file= can name it",
+                    structure="header extension",
+                    expected="the name of the external data file",
+                    found="none",
+                    node=node.filename,
+                )
+            if references == "allow" and guessed and not self._guess_raw:
+                references = "deny"
+            target = decide(references, Reference(named.kind, named.name, None, node.filename, len(above) + 1))
+            spec, path = spec_of(target)
+            data = self._build_data_file(spec, path, node, inherited)
+        _refuse_own_file(node, data)
+        with graph.Transaction() as change:
+            change.attach(node, "data-file", data)
+
+    def _build_data_file(
+        self, spec: dict[str, Any], path: str | os.PathLike[str] | None, node: Node, inherited: Mapping[str, Any]
+    ) -> Node:
+        """Its bytes as they are: what they look like says nothing, since a guest may have written them."""
+        spec.setdefault("driver", "file")
+        try:
+            return self.build(spec, path, read_only=node.read_only, inherited=inherited, references="deny")
+        except BlocklibError as exc:
+            exc.add_note(f"while opening the data file of {node.filename}")
+            raise
+
     def _open_backing(
         self,
         node: Node,
@@ -453,6 +514,24 @@ class _Builder:
         except BlocklibError as exc:
             exc.add_note(f"while opening the backing file of {referrer}")
             raise
+
+
+def _refuse_own_file(node: Node, data: Node) -> None:
+    """Raises ImageCorruptError where an image's data file is the image itself: guest data would destroy its tables."""
+    if node.filename is None or data.filename is None:
+        return
+    try:
+        if not os.path.samefile(node.filename, data.filename):
+            return
+    except OSError:
+        return  # opened some other way; locks still hold
+    raise ImageCorruptError(
+        f"{node.filename}: the image names itself as its data file",
+        structure="external data file name",
+        expected="another file",
+        found=data.filename,
+        node=node.filename,
+    )
 
 
 def _refuse_loop(above: tuple[Node, ...]) -> None:

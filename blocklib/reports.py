@@ -59,6 +59,8 @@ class NodeInfo:
     filename: str | None
     size: int
     read_only: bool
+    data_filename: str | None = None
+    """The file that its plain data is in: for an image with an external data file, that one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ _SHOWN: Mapping[str, Sequence[tuple[str, str | None]]] = {
         ("compat", None),
         ("backing_file", None),
         ("backing_fmt", None),
+        ("data_file", None),
+        ("data_file_raw", None),
         ("lazy_refcounts", "off"),
         ("refcount_bits", "16"),
     ),

@@ -56,7 +56,7 @@ def run(session: Session, given: Given) -> int:
         if as_json:
             print_json(found, start)
         else:
-            print_human(found, [node.filename or node.name for node in disk.chain()])
+            print_human(found, [node.data_filename or node.filename or node.name for node in disk.chain()])
     return 0
 
 

@@ -215,7 +215,7 @@ class NewImage:
         self._cache = cache
         self._is_device = isinstance(target, (str, os.PathLike)) and _is_block_device(target)
         self._filename = ""
-        self._made: str | None = None
+        self._made: list[str] = []
         if format is None and not self._is_device:
             raise UsageError("format= says what is to be created; only an open disk or a block device does without")
 
@@ -238,6 +238,9 @@ class NewImage:
         if self.backing is not None:
             full_name = resolve_backing_name(self._filename, self.backing)
             backing = {"driver": self._options["backing_fmt"], "file": {"driver": "file", "filename": full_name}}
+        data_file: Mapping[str, OptionValue] | FromImage = FROM_IMAGE
+        if self._data_file is not None:
+            data_file = {"driver": "file", "filename": resolve_backing_name(self._filename, self._data_file)}
         return open_disk(
             self._target,
             "r+",
@@ -246,14 +249,22 @@ class NewImage:
             cache=self._cache,
             discard="unmap",
             backing=backing,
+            data_file=data_file,
         )
+
+    @property
+    def _data_file(self) -> str | None:
+        name = self._options.get("data_file")
+        return str(name) if name is not None else None
 
     def _create(self, size: int) -> None:
         format = self._format
         assert format is not None
         try:
             made = create(self._target, size, format=format, options=self._options)
-            self._made = None if self._is_device else made.filename
+            self._made = [] if self._is_device else [made.filename]
+            if self._data_file is not None:
+                self._made.append(resolve_backing_name(made.filename, self._data_file))
         except ImageExistsError:
             if not self._overwrite:
                 raise
@@ -261,9 +272,9 @@ class NewImage:
         self._filename = made.filename
 
     def remove(self) -> None:
-        """Remove the file, if `make` made one."""
-        if self._made is not None:
-            made, self._made = self._made, None
+        """Remove the files that `make` made."""
+        while self._made:
+            made = self._made.pop()
             try:
                 os.unlink(made)
             except OSError as exc:

@@ -82,6 +82,7 @@ _FILE: tuple[Option, ...] = (
 _QCOW2: tuple[Option, ...] = (
     Option("file", "node", "The node or file that holds the image", required=True),
     Option("backing", "node", "The backing node instead of the one the image names; null for none at all"),
+    Option("data-file", "node", "The node or file that holds the guest's data instead of the one the image names"),
     Option("lazy-refcounts", "bool", "Reference counts may be postponed (they never are); default: what the image says"),
     Option("pass-discard-request", "bool", "Where discard is unmap, discard in the file what becomes free", default=True),
     Option("pass-discard-snapshot", "bool", "Discard in the file what becomes free with a deleted snapshot", default=True),
@@ -180,6 +181,8 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
             default="zlib",
             choices=("zlib", "zstd"),
         ),
+        Option("data_file", "str", "File that holds the guest's data, each byte at its guest offset"),
+        Option("data_file_raw", "bool", "Keep the data file readable as a raw image (default: off)", default=False),
         Option("lazy_refcounts", "bool", "Postpone updates of reference counts (default: off)", default=False),
         Option(
             "preallocation",
@@ -205,12 +208,11 @@ _FILE_HINTS = ("extent_size_hint", "nocow")
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
     ("open", "qcow2"): (
         "cache-clean-interval",
-        "data-file",
         "encrypt",
         "pass-discard-other",
     ),
     ("create", "file"): _FILE_HINTS,
-    ("create", "qcow2"): (*_FILE_HINTS, "data_file", "data_file_raw", "encrypt", "encryption", "extended_l2"),
+    ("create", "qcow2"): (*_FILE_HINTS, "encrypt", "encryption", "extended_l2"),
     ("create", "raw"): _FILE_HINTS,
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""

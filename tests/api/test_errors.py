@@ -311,7 +311,6 @@ def test_unknown_incompatible_features_are_named_before_anything_is_read() -> No
     ("options", "feature"),
     [
         ("extended_l2=on", "extended"),
-        ("data_file=data.img", "data file"),
         ("encrypt.format=aes,encrypt.key-secret=s", "encryption"),
     ],
 )

@@ -333,12 +333,6 @@ def test_a_backing_file_given_twice_is_refused() -> None:
     assert caught.value.option == "backing"
 
 
-def test_an_external_data_file_is_refused_by_name() -> None:
-    make_disk("disk.qcow2", 1 * MiB + 64 * KiB)
-    with pytest.raises(blocklib.UnsupportedFeatureError, match="data file"):
-        blocklib.open("disk.qcow2", data_file={"driver": "file", "filename": "data.img"})
-
-
 # -- bad chains ------------------------------------------------------------------------------------------------------------
 
 

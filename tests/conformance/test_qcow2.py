@@ -31,6 +31,11 @@ class TestQcow2(NodeTests):
         with Transaction() as change:
             change.attach(node, "file", file)
         node.load()
+        if node.needs_data_file:
+            data = load("file").from_options(check_options("file", {"filename": str(folder / "data")}), read_only=read_only)
+            data.load()
+            with Transaction() as change:
+                change.attach(node, "data-file", data)
         return node
 
 
@@ -49,6 +54,14 @@ class TestQcow2WithTheLargestClustersAndCounts(TestQcow2):
 class TestQcow2WithATinyCache(TestQcow2):
     options: ClassVar[dict[str, Any]] = {"cluster_size": 512}
     node_options: ClassVar[dict[str, Any]] = {"l2-cache-size": 1024, "l2-cache-entry-size": 512}
+
+
+class TestQcow2WithADataFile(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"data_file": "data"}
+
+
+class TestQcow2WithARawDataFile(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"data_file": "data", "data_file_raw": True, "cluster_size": 4096}
 
 
 class TestQcow2Preallocated(TestQcow2):

@@ -254,7 +254,7 @@ def test_options_come_out_typed_with_defaults_filled_in() -> None:
     assert values["lazy-refcounts"] is True
     assert values["detect-zeroes"] == "off"
     assert values["pass-discard-request"] is True
-    assert values.keys() | {"backing"} == options_of("qcow2").keys()
+    assert values.keys() | {"backing", "data-file"} == options_of("qcow2").keys()
 
 
 def test_a_child_that_was_not_given_differs_from_no_child() -> None:
@@ -414,6 +414,8 @@ def test_create_options_have_the_defaults_of_qemu_img() -> None:
         "cluster_size": 65536,
         "compat": "1.1",
         "compression_type": "zlib",
+        "data_file": None,
+        "data_file_raw": False,
         "lazy_refcounts": False,
         "preallocation": "off",
         "refcount_bits": 16,
@@ -452,15 +454,11 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
 @pytest.mark.parametrize(
     ("table", "name", "value", "feature"),
     [
-        ("create", "data_file", "x.raw", "data_file"),
-        ("create", "data_file_raw", "on", "data_file_raw"),
         ("create", "extended_l2", True, "extended_l2"),
         ("create", "encryption", "on", "encryption"),
         ("create", "encrypt.format", "luks", "encrypt"),
         ("create", "encrypt", {"format": "luks"}, "encrypt"),
         ("create", "nocow", "on", "nocow"),
-        ("open", "data-file.driver", "file", "data-file"),
-        ("open", "data-file", "node0", "data-file"),
         ("open", "cache-clean-interval", 60, "cache-clean-interval"),
     ],
 )
@@ -470,7 +468,7 @@ def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: st
     assert caught.value.features == (feature,)
 
 
-@pytest.mark.parametrize("name", ["extended_l2", "encryption", "data_file_raw", "nocow"])
+@pytest.mark.parametrize("name", ["extended_l2", "encryption", "nocow"])
 @pytest.mark.parametrize("value", ["off", False])
 def test_what_is_switched_off_needs_no_support(name: str, value: object) -> None:
     assert check_options("qcow2", {name: value}, table="create") == check_options("qcow2", {}, table="create")
@@ -495,6 +493,8 @@ def test_options_are_described_in_the_layout_of_qemu_img() -> None:
         "  cluster_size=<size>    - ",
         "  compat=<str>           - ",
         "  compression_type=<str> - ",
+        "  data_file=<str>        - ",
+        "  data_file_raw=<bool (on/off)> - ",
         "  lazy_refcounts=<bool (on/off)> - ",
         "  preallocation=<str>    - ",
         "  refcount_bits=<num>    - ",

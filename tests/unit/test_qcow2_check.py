@@ -410,7 +410,6 @@ def test_a_file_too_large_to_count_is_refused() -> None:
         ("bitmaps", lambda header: header.extensions.append(Extension(layout.EXTENSION_BITMAPS, bytes(24)))),
         ("bitmaps", lambda header: setattr(header, "autoclear_features", 1)),
         ("encryption", lambda header: setattr(header, "crypt_method", 2)),
-        ("external data file", lambda header: setattr(header, "incompatible_features", 4)),
         ("extended L2 entries", lambda header: setattr(header, "incompatible_features", 16)),
         ("incompatible feature bit 17", lambda header: setattr(header, "incompatible_features", 1 << 17)),
     ],

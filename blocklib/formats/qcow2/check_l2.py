@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import IndexArray, U64Array, compressed_ranges, count_fragments
+from blocklib.formats.qcow2.check_counts import BoolArray, IndexArray, U64Array, compressed_ranges, count_fragments
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class L2Walk:
         self._scan = scan
         self._geometry = scan.geometry
         self._progress = progress
+        self._external = bool(scan.header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE)
         self.allocated = 0
         self.compressed = 0
         self.fragmented = 0
@@ -105,11 +106,16 @@ class L2Walk:
         compressed = (entries & np.uint64(layout.FLAG_COMPRESSED)) != 0
         standard_offsets = entries & np.uint64(layout.OFFSET_MASK)
         allocated = standard_offsets != 0
+        if self._external:  # offset 0 is a place, though not of a zero cluster
+            allocated |= (entries & np.uint64(layout.FLAG_COPIED | layout.FLAG_ZERO)) == np.uint64(layout.FLAG_COPIED)
         reserved = (entries & np.uint64(layout.L2_RESERVED_MASK)) != 0
         if compressed.any():
             allocated &= ~compressed
             reserved &= ~compressed
-            self._walk_compressed(batch, np.flatnonzero(compressed))
+            if self._external:
+                self._tell(batch, np.flatnonzero(compressed), "no compressed cluster in an image with a data file")
+            else:
+                self._walk_compressed(batch, np.flatnonzero(compressed))
         if reserved.any():
             self._tell(batch, np.flatnonzero(reserved), "reserved bits clear")
         places = np.flatnonzero(allocated)
@@ -121,6 +127,9 @@ class L2Walk:
         self.allocated += batch.active_times(places)
         fragments = count_fragments(offsets, places >> geometry.l2_bits, geometry.cluster_size)
         self.fragmented += batch.active_times(places[fragments])
+        if self._external:
+            self._check_external(batch, places, offsets)
+            return
         self._check_flags(batch, places, offsets)
         unaligned = (offsets & np.uint64(geometry.cluster_mask)) != 0
         if unaligned.any():
@@ -133,6 +142,13 @@ class L2Walk:
         scan.add(clusters, batch.weights(places))
         if unaligned.any():
             scan.add(clusters[unaligned] + 1, batch.weights(places[unaligned]))
+
+    def _check_external(self, batch: Batch, places: IndexArray, offsets: U64Array) -> None:
+        """What lies in a data file is counted by nobody, always its guest cluster's own and at its guest offset."""
+        unaligned = (offsets & np.uint64(self._geometry.cluster_mask)) != 0
+        if unaligned.any():
+            self._tell(batch, places[unaligned], "a cluster aligned host offset")
+        self._tell_flags(batch, places, (batch.entries[places] & np.uint64(layout.FLAG_COPIED)) == 0)
 
     def _walk_compressed(self, batch: Batch, places: IndexArray) -> None:
         scan, bits = self._scan, np.uint64(self._geometry.cluster_bits)
@@ -166,6 +182,9 @@ class L2Walk:
             wrong &= stored.are_known(offsets)
         if not batch.offsets[0]:  # reached through an L1 entry without offset: no table, whatever it counts
             wrong &= places >= self._geometry.l2_entries
+        self._tell_flags(batch, places, wrong)
+
+    def _tell_flags(self, batch: Batch, places: IndexArray, wrong: BoolArray) -> None:
         if not wrong.any():
             return
         wrong_places = places[wrong]

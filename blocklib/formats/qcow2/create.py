@@ -51,6 +51,7 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if options["compression_type"] == "zstd":
         header.compression_type = layout.COMPRESSION_ZSTD
         header.incompatible_features |= layout.INCOMPATIBLE_COMPRESSION_TYPE
+    _set_data_file(header, options)
     header.backing_name = options.get("backing_file")
     if header.backing_name is not None:
         header.backing_format = options.get("backing_fmt")
@@ -65,6 +66,24 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if header.backing_name is not None and options["preallocation"] != "off":
         raise _bad("preallocation", "preallocation and a backing file exclude each other")
     return header
+
+
+def _set_data_file(header: Header, options: Mapping[str, Any]) -> None:
+    name = options.get("data_file")
+    if name is None:
+        if options.get("data_file_raw"):
+            raise _bad("data_file_raw", "data_file_raw needs a data_file")
+        return
+    if not name:
+        raise _bad("data_file", "the name of the data file is empty")
+    if header.version == layout.VERSION_2:
+        raise _bad("data_file", "an external data file needs compat=1.1")
+    header.incompatible_features |= layout.INCOMPATIBLE_DATA_FILE
+    header.data_file_name = name
+    if options.get("data_file_raw"):
+        if options.get("backing_file") is not None:
+            raise _bad("data_file_raw", "data_file_raw and a backing file exclude each other")
+        header.autoclear_features |= layout.AUTOCLEAR_RAW_EXTERNAL
 
 
 def _bad(option: str, text: str) -> OptionError:

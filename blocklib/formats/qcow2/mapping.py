@@ -50,6 +50,7 @@ class Mapping:
         l1_offset: int,
         *,
         version: int,
+        external: bool = False,
         slice_length: int,
         cache_bytes: int,
         node: str | None,
@@ -59,6 +60,10 @@ class Mapping:
         self.l1_offset = l1_offset
         self._node = node
         self.zero_flag_allowed = version >= layout.VERSION_3
+        self.external = external
+        """Guest clusters lie in an external data file, each at its guest offset."""
+        self.allocated_mask = _OFFSET_MASK | (_COPIED if external else 0)
+        """An entry without zero flag has a host cluster if any of these bits is set: offset 0 is one in a data file."""
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
         self._cluster_mask = geometry.cluster_mask
@@ -102,13 +107,15 @@ class Mapping:
         stop = min(len(table), index + ((in_cluster + length + self._cluster_mask) >> self._cluster_bits))
         host_offset = entry & _OFFSET_MASK
         j = index + 1
+        if self.external:
+            self.check_external(entry, offset - in_cluster)
         if entry & _COMPRESSED:
             n = min(length, self._cluster_size - in_cluster)
             return KIND_SPECIAL, None, 0, n, FLAG_DATA | FLAG_ALLOCATED | FLAG_COMPRESSED
         if entry & _ZERO:
             if not self.zero_flag_allowed:
                 raise self.bad_entry(entry, "no zero flag in a version 2 image")
-            if host_offset:
+            if host_offset:  # 0 is none, even in a data file: so QEMU reads it
                 if host_offset & self._cluster_mask:
                     raise self.bad_entry(entry, "a cluster aligned offset")
                 expected = entry + self._cluster_size
@@ -122,7 +129,7 @@ class Mapping:
                 flags = FLAG_ZERO | FLAG_ALLOCATED
             n = min(length, ((j - index) << self._cluster_bits) - in_cluster)
             return KIND_ZERO, edge, host_offset + in_cluster, n, flags
-        if not host_offset:
+        if not entry & self.allocated_mask:
             if entry & ~_COPIED:
                 raise self.bad_entry(entry, "reserved bits of zero")
             while j < stop and not table[j] & ~_COPIED:
@@ -149,6 +156,16 @@ class Mapping:
 
     def index_in_slice(self, offset: int) -> int:
         return offset >> self._cluster_bits & (self.slice_entries - 1)
+
+    def check_external(self, entry: int, guest_offset: int) -> None:
+        """Raises ImageCorruptError where an entry of an image with a data file is not for the cluster at `guest_offset`.
+
+        'The offset field in the Standard Cluster Descriptor must match the guest offset.'
+        """
+        if entry & _COMPRESSED:
+            raise self.bad_entry(entry, "no compressed cluster in an image with an external data file")
+        if entry & (_OFFSET_MASK if entry & _ZERO else self.allocated_mask) and entry & _OFFSET_MASK != guest_offset:
+            raise self.bad_entry(entry, f"the guest offset {guest_offset:#x} as the offset in the data file")
 
     def bad_entry(self, entry: int, expected: str, structure: str = "L2 entry") -> ImageCorruptError:
         return ImageCorruptError(
@@ -203,7 +220,7 @@ class Mapping:
 
     def _contiguous_run(self, table: Table, index: int, stop: int, entry: int) -> tuple[int, int]:
         host_offset = entry & _OFFSET_MASK
-        if not host_offset:
+        if not entry & self.allocated_mask:
             return 0, 0
         if host_offset & self._cluster_mask:
             raise self.bad_entry(entry, "a cluster aligned offset")
@@ -219,7 +236,7 @@ class Mapping:
         j = index
         while j < stop:
             entry = table[j]
-            if entry & _COPIED and not entry & _COMPRESSED and entry & _OFFSET_MASK:
+            if entry & _COPIED and not entry & _COMPRESSED and entry & self.allocated_mask:
                 break
             if entry & self._misaligned and not entry & _COMPRESSED:
                 raise self.bad_entry(entry, "a cluster aligned offset")
@@ -242,8 +259,10 @@ class Mapping:
             self.cache.mark_dirty(slice_offset, index, index + len(entries))
 
     def host_clusters_of(self, entries: Iterable[int]) -> list[tuple[int, int]]:
-        """The runs (first cluster, number) of host clusters that `entries` refer to, one reference each."""
+        """The runs (first cluster, number) of counted host clusters that `entries` refer to, one reference each."""
         runs: list[tuple[int, int]] = []
+        if self.external:  # nobody counts what lies in a data file
+            return runs
         bits = self._cluster_bits
         for entry in entries:
             if entry & _COMPRESSED:

@@ -94,17 +94,20 @@ def classify(mapping: Mapping, entries: NDArray[np.uint64], guest_offset: int) -
     _refuse(mapping, entries, (host & geometry.cluster_mask) != 0, "a cluster aligned offset")
     if not mapping.zero_flag_allowed:
         _refuse(mapping, entries, zero, "no zero flag in a version 2 image")
-    absent = (host == 0) & ~zero & ~compressed
+    placed = np.where(zero, host != 0, (entries & np.uint64(mapping.allocated_mask)) != 0) & ~compressed
+    if mapping.external:
+        _check_external(mapping, entries, guest_offset, host, placed)
+    absent = ~placed & ~zero & ~compressed
     _refuse(mapping, entries, absent & ((entries & ~_COPIED) != 0), "reserved bits of zero")
     kind = np.full(len(entries), KIND_BACKING, dtype=np.uint8)
-    kind[host != 0] = KIND_DATA
+    kind[placed] = KIND_DATA
     kind[zero] = KIND_ZERO
     kind[compressed] = KIND_SPECIAL
     starts = np.empty(len(entries), dtype=bool)
     starts[0] = True
-    follows = np.where(host[:-1] != 0, host[:-1] + cluster_size, 0)
+    follows = np.where(placed[:-1], host[:-1] + cluster_size, 0)
     np.not_equal(kind[1:], kind[:-1], out=starts[1:])
-    starts[1:] |= host[1:] != follows
+    starts[1:] |= (host[1:] != follows) | (placed[1:] != placed[:-1])
     index = np.flatnonzero(starts)
     runs = np.empty(len(index), dtype=extents.RUN_DTYPE)
     runs["offset"] = guest_offset + index * cluster_size
@@ -112,8 +115,19 @@ def classify(mapping: Mapping, entries: NDArray[np.uint64], guest_offset: int) -
     runs["child_offset"] = host[index]
     runs["kind"] = kind[index]
     runs["flags"] = _flags_of(mapping)[kind[index]]
-    runs["flags"][(runs["kind"] == KIND_ZERO) & (runs["child_offset"] != 0)] |= FLAG_OFFSET_VALID
+    runs["flags"][(runs["kind"] == KIND_ZERO) & placed[index]] |= FLAG_OFFSET_VALID
     return runs
+
+
+def _check_external(
+    mapping: Mapping, entries: NDArray[np.uint64], guest_offset: int, host: NDArray[np.int64], placed: NDArray[np.bool_]
+) -> None:
+    """Raises ImageCorruptError for the first entry that is wrong in an image with an external data file."""
+    guest = guest_offset + np.arange(len(entries), dtype=np.int64) * mapping.geometry.cluster_size
+    wrong = ((entries & _COMPRESSED) != 0) | (placed & (host != guest))
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        mapping.check_external(int(entries[first]), int(guest[first]))
 
 
 def _flags_of(mapping: Mapping) -> NDArray[np.uint8]:

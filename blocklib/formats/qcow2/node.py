@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError, UsageError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import layout, special, telling, writing
+from blocklib.formats.qcow2 import data_file, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
@@ -47,7 +47,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-SUPPORTED_INCOMPATIBLE = layout.INCOMPATIBLE_DIRTY | layout.INCOMPATIBLE_CORRUPT | layout.INCOMPATIBLE_COMPRESSION_TYPE
+SUPPORTED_INCOMPATIBLE = (
+    layout.INCOMPATIBLE_DIRTY
+    | layout.INCOMPATIBLE_CORRUPT
+    | layout.INCOMPATIBLE_DATA_FILE
+    | layout.INCOMPATIBLE_COMPRESSION_TYPE
+)
 
 
 class Qcow2Node(Node):
@@ -78,6 +83,7 @@ class Qcow2Node(Node):
         """What was found corrupt on the way to a write, after which nothing more is written."""
         self._holes_asked = False
         self.snapshots: list[Snapshot] = []
+        self._data_child = "file"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Qcow2Node:
@@ -93,6 +99,8 @@ class Qcow2Node(Node):
     def preallocate(self, preallocation: Preallocation) -> None:
         from blocklib.formats.qcow2.resize import preallocate
 
+        if data_file.is_external(self.header):
+            data_file.grow(self, 0, self.size, preallocation)
         preallocate(self, 0, self.size, preallocation)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -103,11 +111,11 @@ class Qcow2Node(Node):
 
     @property
     def data(self) -> Edge:
-        """The child that guest clusters lie in."""
-        return self.children["file"]
+        """The child that guest clusters lie in: an external data file, or the image's own file."""
+        return self.children[self._data_child]
 
-    def data_edge(self) -> Edge:
-        return self.data
+    def data_edge(self) -> Edge | None:
+        return self.children.get(self._data_child)
 
     def load(self) -> None:
         """Read and accept the header, the L1 table and the refcount table.
@@ -122,6 +130,7 @@ class Qcow2Node(Node):
         if self.metadata_only:
             return
         self._refuse_what_is_not_supported(self.header)
+        self._data_child = data_file.CHILD if data_file.is_external(self.header) else "file"
         header, geometry = self.header, self.geometry
         self.snapshots = read_snapshots(file, header, node=self.filename)
         settings = settings_for(self.options, header, node=self.filename)
@@ -131,6 +140,7 @@ class Qcow2Node(Node):
             self._read_l1(),
             header.l1_table_offset,
             version=header.version,
+            external=data_file.is_external(header),
             slice_length=settings.slice_length,
             cache_bytes=settings.l2_cache,
             node=self.filename,
@@ -216,8 +226,9 @@ class Qcow2Node(Node):
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
             self._repair_after_crash()
-        if self.header.autoclear_features:
-            self.header.autoclear_features = 0
+        kept = layout.AUTOCLEAR_RAW_EXTERNAL if data_file.is_external(self.header) else 0
+        if self.header.autoclear_features & ~kept:
+            self.header.autoclear_features &= kept
             self.rewrite_header()
             self.writeback.barrier()
 
@@ -258,6 +269,9 @@ class Qcow2Node(Node):
         name = self.header.backing_name
         if name is not None:
             references.append(NamedReference("backing", name, self.header.backing_format))
+        name = self.header.data_file_name
+        if name is not None and data_file.is_external(self.header):
+            references.append(NamedReference(data_file.CHILD, name, None))
         return references
 
     def prepare_reopen(self, *, read_only: bool) -> PendingChange:
@@ -279,6 +293,8 @@ class Qcow2Node(Node):
             # What is below must keep its content as long as we read through it.
             below = CONSISTENT_READ | WRITE_UNCHANGED
             return CONSISTENT_READ, below | (WRITE | RESIZE if shared & WRITE else 0)
+        if child_name == data_file.CHILD:
+            return wanted | (RESIZE if wanted & WRITE else 0), shared & ~RESIZE
         needed = CONSISTENT_READ if read_only else CONSISTENT_READ | WRITE | RESIZE
         return needed, CONSISTENT_READ | WRITE_UNCHANGED
 
@@ -447,8 +463,10 @@ class Qcow2Node(Node):
         """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""
         from blocklib.formats.qcow2.zeroing import forget_range
 
-        forget_range(self, 0, self.geometry.round_up(self.size))
+        size = self.geometry.round_up(self.size)
+        forget_range(self, 0, size)
         self.writeback.finish()
+        data_file.after_unmapping(self, 0, size)
 
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Name another backing file (as it is to be stored) in the header; durable on return.
@@ -466,6 +484,10 @@ class Qcow2Node(Node):
                 self.header.backing_name, self.header.backing_format = before
                 raise
             self.writeback.barrier()
+
+    @property
+    def needs_data_file(self) -> bool:
+        return data_file.is_external(self.header)
 
     @property
     def names_backing(self) -> bool:
@@ -540,6 +562,14 @@ class Qcow2Node(Node):
         self.file.discard(first << bits, n_clusters << bits)
 
     # -- telling ------------------------------------------------------------------------------------------------------
+
+    def allocated_size(self) -> int | None:
+        occupied = super().allocated_size()
+        edge = self.children.get(data_file.CHILD)
+        if edge is None or occupied is None:
+            return occupied
+        in_data_file = edge.node.allocated_size()
+        return None if in_data_file is None else occupied + in_data_file
 
     def cluster_size(self) -> int:
         return self.geometry.cluster_size

@@ -157,7 +157,7 @@ class OverlapGuard:
         Raises ImageCorruptError, as `check`.
         """
         bits = self._node.geometry.cluster_bits
-        if self.kinds:
+        if self.kinds and self._node.data is self._node.file:
             self.check(host_offset, n_clusters << bits, "guest data")
         known = self.trusted.get(slice_offset)
         if known is None:

@@ -65,8 +65,12 @@ class FlagFixes:
         scan = self._scan
         offsets = entries & np.uint64(layout.OFFSET_MASK)
         doubtful = np.uint64(reserved | layout.FLAG_COMPRESSED)
-        sound = ((entries & doubtful) == 0) & (offsets != 0) & ~scan.beyond(offsets)
+        sound = ((entries & doubtful) == 0) & (offsets != 0)
         sound &= (offsets & np.uint64(scan.geometry.cluster_mask)) == 0
+        is_external = scan.header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE
+        if is_external and reserved == layout.L2_RESERVED_MASK:  # of a data file, every cluster is its entry's own
+            return np.where(sound, entries | np.uint64(layout.FLAG_COPIED), entries), 0
+        sound &= ~scan.beyond(offsets)
         places = np.flatnonzero(sound)
         clusters = (offsets[places] >> np.uint64(scan.geometry.cluster_bits)).astype(np.intp)
         target = self._target[clusters]

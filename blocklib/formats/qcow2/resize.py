@@ -7,7 +7,7 @@ from array import array
 from typing import TYPE_CHECKING, Final
 
 from blocklib.errors import ImageLimitError, UnsupportedFeatureError, UsageError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import data_file, layout
 from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.formats.qcow2.zeroing import forget_range
@@ -83,6 +83,10 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
         _shrink(node, size)
     elif size > old_size:
         _lengthen_l1(node, node.geometry.l1_entries_for(size))
+        if data_file.is_external(node.header):
+            data_file.grow(node, old_size, size, preallocation)
+            if preallocation == "off" and data_file.is_raw(node.header):
+                preallocation = "metadata"  # what is not mapped would not be part of the data file
         if preallocation != "off":
             preallocate(node, node.geometry.round_up(old_size), size, preallocation)
         node.writeback.flush()  # the new part must read as it should before the header has it
@@ -160,6 +164,8 @@ def _shrink(node: Qcow2Node, size: int) -> None:
         node.writeback.flush()
         node.size = size
         _rewrite_header(node)
+    if data_file.is_external(node.header) and not node.data.node.is_device:
+        node.data.truncate(size)
 
 
 def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> None:
@@ -188,13 +194,18 @@ def _map_all(node: Qcow2Node, offset: int, end: int, runs: list[tuple[int, int]]
     """Link a fresh host cluster to every unmapped cluster of one L2 slice; adds the runs that were taken to `runs`."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
-    index = mapping.index_in_slice(offset)
+    index = begin = mapping.index_in_slice(offset)
     stop = index + ((end - offset) >> bits)
     while index < stop:
         if table[index]:
             index += 1
             continue
-        first, n = node.refcounts.allocate(_unmapped_run(table, index, stop), for_data=True)
+        n = _unmapped_run(table, index, stop)
+        if mapping.external:
+            mapping.link(slice_offset, table, index, (offset >> bits) - begin + index << bits, n)
+            index += n
+            continue
+        first, n = node.refcounts.allocate(n, for_data=True)
         mapping.link(slice_offset, table, index, first << bits, n)
         runs.append((first, n))
         index += n
@@ -213,7 +224,7 @@ def looks_preallocated(node: Qcow2Node) -> bool:
 
     The thresholds are QEMU's, so that block status says the same for the same image.
     """
-    occupied = node.allocated_size()
+    occupied = node.file.node.allocated_size()  # whatever a data file occupies
     if occupied is None:
         return False
     geometry = node.geometry

@@ -2,8 +2,9 @@
 
 What a pointer points at is durable and counted before the pointer is written; what lost its last pointer is given back
 only after that removal is durable, and after every request begun before it has ended.  So a flush is: refcount blocks, new
-L2 tables (guest data went straight to the file) - barrier - refcount table entries, if there are new blocks - barrier -
-L1 and L2 entries - barrier; and then the clusters those entries no longer point at are on their way to being free.
+L2 tables (guest data went straight to the file, or to an external data file, which has a barrier of its own first) -
+barrier - refcount table entries, if there are new blocks - barrier - L1 and L2 entries - barrier; and then the clusters
+those entries no longer point at are on their way to being free.
 
 After a flush that failed nobody knows which of its pointers the file has: what it was about to link is then written as if
 it were linked, and linked as if it were not.
@@ -112,10 +113,13 @@ class WriteBack:
             self._waiting or self.freed or refcounts.cache.dirty or mapping.cache.dirty or mapping.dirty_l1
         )
 
-    def barrier(self) -> None:
-        """Make what was written to the file durable; a failure poisons the image."""
+    def barrier(self, *, data: bool = False) -> None:
+        """Make what was written to the file durable, with `data` to an external data file too; a failure poisons the image."""
+        node = self._node
         try:
-            self._node.file.flush()
+            if data and node.data is not node.file:
+                node.data.flush()
+            node.file.flush()
         except BlocklibError:
             # The kernel reports a lost write once; no later success may pretend otherwise.
             self._node.poison("a flush failed, and what was written before it may be lost")
@@ -222,7 +226,7 @@ class WriteBack:
             file.write(dirty.host_offset, (dirty.data,))
         for dirty in batch.new_slices:
             file.write(dirty.host_offset, (dirty.data,))
-        self.barrier()
+        self.barrier(data=True)
         if batch.moved_table is not None:
             file.write(batch.table_offset, (batch.moved_table,))
             self.barrier()

@@ -30,12 +30,15 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
     host_offset, n = mapping.in_place_run(table, index, stop)
     ticket = None
     if n:
-        if node.data is node.file:
-            node.guard.trust(slice_offset, len(table), index, host_offset, n)
+        if mapping.external:
+            mapping.check_external(host_offset | layout.FLAG_COPIED, first << bits)
+        node.guard.trust(slice_offset, len(table), index, host_offset, n)
     else:
         host_offset, n = mapping.preallocated_run(table, index, stop)
         preallocated = n > 0
-        if preallocated:
+        if mapping.external:  # the place is the guest cluster's own, mapped or not
+            host_offset, n, preallocated = first << bits, n or mapping.new_run(table, index, stop), True
+        elif preallocated:
             node.guard.check(host_offset, n << bits, "guest data")
         else:
             host_cluster, n = node.refcounts.allocate(mapping.new_run(table, index, stop), for_data=True)
@@ -48,6 +51,8 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
         assert used == n
         ticket.head = in_cluster
         ticket.tail = (n << bits) - in_cluster - length
+        if mapping.external:  # a data file ends with the disk
+            ticket.tail = max(0, min(ticket.tail, node.size - offset - length))
     return node.data, host_offset + in_cluster, length, ticket
 
 
@@ -117,7 +122,7 @@ def zero_part(node: Qcow2Node, offset: int) -> bool:
         return False
     if entry & layout.FLAG_ZERO:
         return True
-    if entry & layout.OFFSET_MASK or node.has_backing:
+    if entry & mapping.allocated_mask or node.has_backing:
         return False
     if node.header.version > layout.VERSION_2:
         slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)

@@ -9,15 +9,11 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import data_file, layout
 from blocklib.formats.qcow2.tables import Table
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
-
-_REFERENCE = layout.FLAG_COMPRESSED | layout.OFFSET_MASK
-"""A standard entry refers to a host cluster if any of these bits is set."""
-
 
 def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> None:
     """Make whole clusters read as zero.  With `unmap` their host clusters are given back, otherwise kept.
@@ -30,14 +26,18 @@ def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> Non
         return
 
     keep = _keeps_clusters(node)
+    placed = node.mapping.allocated_mask
 
     def choose(entry: int) -> int:
-        has_cluster = entry & layout.OFFSET_MASK and not entry & layout.FLAG_COMPRESSED
-        stays = has_cluster and (not unmap or (keep and _is_own(entry)))
+        has_cluster = entry & placed and not entry & layout.FLAG_COMPRESSED
+        stays = has_cluster and (not unmap or (keep and _is_own(entry, placed)))
         return entry | layout.FLAG_ZERO if stays else layout.FLAG_ZERO
 
+    data_file.before_zeroing(node, offset, length, unmap=unmap)
     # Not even an image without a backing file leaves them out: it may be given one.
     _each_slice(node, offset, length, choose, skip_unmapped=False, punch=unmap and keep and node.punches_holes)
+    if unmap:
+        data_file.after_unmapping(node, offset, length)
 
 
 def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
@@ -52,13 +52,16 @@ def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
         return
 
     keep = _keeps_clusters(node)
+    placed = node.mapping.allocated_mask
 
     def choose(entry: int) -> int:
-        if keep and _is_own(entry):
+        if keep and _is_own(entry, placed):
             return entry | layout.FLAG_ZERO
-        return layout.FLAG_ZERO if shows_backing or entry & _REFERENCE else entry
+        return layout.FLAG_ZERO if shows_backing or entry & (layout.FLAG_COMPRESSED | placed) else entry
 
+    data_file.before_zeroing(node, offset, length, unmap=True)
     _each_slice(node, offset, length, choose, skip_unmapped=not shows_backing, punch=keep and node.punches_holes)
+    data_file.after_unmapping(node, offset, length)
 
 
 def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
@@ -92,9 +95,9 @@ def _keeps_clusters(node: Qcow2Node) -> bool:
     return bool(node.options.get("discard-no-unref"))
 
 
-def _is_own(entry: int) -> bool:
-    """Whether an entry has a whole host cluster that nothing else refers to."""
-    return bool(entry & layout.FLAG_COPIED and entry & layout.OFFSET_MASK and not entry & layout.FLAG_COMPRESSED)
+def _is_own(entry: int, placed: int) -> bool:
+    """Whether an entry has a whole host cluster (any of the bits `placed`) that nothing else refers to."""
+    return bool(entry & layout.FLAG_COPIED and entry & placed and not entry & layout.FLAG_COMPRESSED)
 
 
 def _each_slice(
@@ -127,6 +130,7 @@ def _change(
 ) -> list[tuple[int, int]]:
     """Returns the runs of host clusters to be punched."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
+    placed = mapping.allocated_mask
     node.allocations.wait_for_all(offset >> bits, end >> bits)
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(offset)
@@ -135,12 +139,12 @@ def _change(
     lost = [
         old
         for old, new in zip(before, after, strict=True)
-        if old & _REFERENCE and (old & layout.FLAG_COMPRESSED or not new & layout.OFFSET_MASK)
+        if old & (layout.FLAG_COMPRESSED | placed) and (old & layout.FLAG_COMPRESSED or not new & placed)
     ]
     freed = mapping.host_clusters_of(lost)  # may raise: nothing has changed yet
     mapping.replace(slice_offset, table, index, after)
     node.writeback.freed.extend(freed)
-    return mapping.host_clusters_of([entry for entry in after if _is_own(entry)]) if punch else []
+    return mapping.host_clusters_of([entry for entry in after if _is_own(entry, placed)]) if punch else []
 
 
 def _chosen(entries: Table, choose: Callable[[int], int]) -> Table:

@@ -1,0 +1,65 @@
+"""Guest clusters in an external data file: each lies at its guest offset, and nobody counts it.
+
+Sources: 'External data file bit' and 'Raw external data bit' in section "Header" of ``docs/interop/qcow2.rst``, and the
+Standard Cluster Descriptor in section "Cluster mapping".  Of what a crash may leave: data is durable in the data file
+before an entry says that it is there (see `writeback`), and a range that is discarded reads as zero whether its entry or
+its bytes were lost first.  With the raw bit the data file is changed before the entry, so that it reads as the guest does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blocklib.formats.qcow2 import layout
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.header import Header
+    from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import Preallocation
+
+CHILD = "data-file"
+
+
+def is_external(header: Header) -> bool:
+    """Whether guest clusters lie in a file of their own."""
+    return bool(header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE)
+
+
+def is_raw(header: Header) -> bool:
+    """Whether the data file reads as the guest does, without this image."""
+    return is_external(header) and bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
+
+
+def before_zeroing(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> None:
+    """Zero a range, which ends with the disk if not with a cluster, in a raw data file before the entries say so."""
+    if is_raw(node.header):
+        node.data.write_zeroes(offset, _inside(node, offset, length), unmap=unmap)
+
+
+def after_unmapping(node: Qcow2Node, offset: int, length: int) -> None:
+    """Give the host the space of a range that reads as zero now; a raw data file has given it already.
+
+    At once, since a later write goes to the same place: zeroed and not just discarded, for the entries may yet be lost.
+    """
+    if is_external(node.header) and not is_raw(node.header) and node.punches_holes:
+        node.data.write_zeroes(offset, _inside(node, offset, length), unmap=True)
+
+
+def _inside(node: Qcow2Node, offset: int, length: int) -> int:
+    return max(0, min(length, node.size - offset))
+
+
+def grow(node: Qcow2Node, old_size: int, size: int, preallocation: Preallocation) -> None:
+    """Make the data file `size` bytes long; from `old_size` on it reads as zero.
+
+    Clusters that are mapped show the data file, so what an earlier, longer disk may have left there goes.
+    """
+    data = node.data
+    kept = data.size
+    if kept > old_size:
+        if data.node.is_device:
+            data.write_zeroes(old_size, min(kept, size) - old_size, unmap=True)
+        else:
+            data.truncate(old_size)
+    if data.size < size or not data.node.is_device:
+        data.truncate(size, "off" if preallocation == "metadata" else preallocation)
