@@ -44,6 +44,7 @@ from blocklib.sizes import GiB, KiB, MiB, TiB, format_size, parse_size
 
 if TYPE_CHECKING:
     from blocklib import jobs, policy
+    from blocklib.bitmaps import Bitmap
     from blocklib.creating import create
     from blocklib.disk import Disk
     from blocklib.diskfile import DiskFile
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from blocklib.verbs import check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {
+    "Bitmap": "bitmaps",
     "Disk": "disk",
     "DiskFile": "diskfile",
     "EXTENT_DTYPE": "extents",
@@ -122,6 +124,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BatchError",
+    "Bitmap",
     "BlocklibError",
     "CheckReport",
     "ClosedError",

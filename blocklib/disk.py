@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
+    from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable
     from blocklib.node import Node, Preallocation
@@ -263,6 +264,16 @@ class Disk:
 
         _node, offset, length, _below = self._range(offset, length, None)
         return DiskFile(self, offset, length, writable=self._writable)
+
+    # -- bitmaps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The dirty bitmaps of the top image, by name."""
+        from blocklib.bitmaps import Bitmaps
+
+        self.node  # noqa: B018 - raises where there is none
+        return Bitmaps(self)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     RUN_DTYPE: np.dtype[np.void]
 
     ExtentTable: TypeAlias = NDArray[np.void]
+    RangeTable: TypeAlias = NDArray[np.void]
     RunTable: TypeAlias = NDArray[np.void]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
     from blocklib.requests import RequestTracker
+    from blocklib.tracking import BitmapStore, Tracking
 
 DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
 Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
@@ -120,6 +121,8 @@ class Node:
         self.resizing = threading.Lock()
         """Held by who changes the size: drains nest, so that two threads may have drained the node."""
         self.poisoned: str | None = None
+        self.bitmaps: Tracking | None = None
+        """Dirty bitmaps: None while there are none that a write could concern."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {self.filename or self.driver}>"
@@ -170,6 +173,10 @@ class Node:
             self.read_only = read_only
 
         return PendingChange(commit, lambda: None)
+
+    def bitmap_store(self) -> BitmapStore | None:
+        """Where dirty bitmaps outlive the node; None where the format stores none.  Raises ImageError."""
+        return None
 
     # -- permissions --------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,14 @@ def write(node: Node, offset: int, data: memoryview) -> None:
         unmap = node.detect_zeroes == "unmap" and node.discard_passes
         write_zeroes(node, offset, len(data), unmap=unmap)
         return
+    if node.bitmaps is None:
+        _write_bytes(node, offset, data)
+        return
+    with node.bitmaps.recorded(offset, len(data)):
+        _write_bytes(node, offset, data)
+
+
+def _write_bytes(node: Node, offset: int, data: memoryview) -> None:
     if node.is_leaf:
         if node.request_alignment == 1:
             node.pwritev(offset, (data,))
@@ -136,6 +144,14 @@ def write_zeroes(node: Node, offset: int, length: int, *, unmap: bool, fallback:
     """
     if length <= 0:
         return
+    if node.bitmaps is None:
+        _make_zero(node, offset, length, unmap, fallback)
+        return
+    with node.bitmaps.recorded(offset, length):
+        _make_zero(node, offset, length, unmap, fallback)
+
+
+def _make_zero(node: Node, offset: int, length: int, unmap: bool, fallback: bool) -> None:
     tracker = node.tracker
     if tracker is not None:
         tracker.enter()
@@ -196,11 +212,19 @@ def discard(node: Node, offset: int, length: int) -> None:
     last = end if end == node.size else end // unit * unit
     if first >= last:
         return
+    if node.bitmaps is None:
+        _discard_units(node, first, last - first)
+        return
+    with node.bitmaps.recorded(first, last - first):
+        _discard_units(node, first, last - first)
+
+
+def _discard_units(node: Node, offset: int, length: int) -> None:
     tracker = node.tracker
     if tracker is not None:
         tracker.enter()
     try:
-        node.discard_range(first, last - first)
+        node.discard_range(offset, length)
     finally:
         if tracker is not None:
             tracker.leave()
@@ -208,6 +232,14 @@ def discard(node: Node, offset: int, length: int) -> None:
 
 def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> None:
     """Change the size of a node; bytes that it gains read as zero, whatever lay there or lies below."""
+    if node.bitmaps is None:
+        _change_size(node, size, preallocation)
+        return
+    with node.bitmaps.resizing(size):
+        _change_size(node, size, preallocation)
+
+
+def _change_size(node: Node, size: int, preallocation: Preallocation) -> None:
     old_size = node.size
     if size <= old_size or not node.reach(size):
         node.truncate(size, preallocation)
@@ -226,7 +258,9 @@ def _zero_gained(node: Node, old_size: int, preallocation: Preallocation) -> Non
     end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
     if preallocation == "off" and (backing.node.size > old_size if backing is not None else node.names_backing):
         end = node.size  # the backing file shows through: all of the new part is made zero, for it may grow later, too
-    write_zeroes(node, old_size, min(end, node.size) - old_size, unmap=False)
+    length = min(end, node.size) - old_size
+    if length > 0:  # nothing to be noted in bitmaps: the new part is as whoever reads a disk of this size expects it
+        _make_zero(node, old_size, length, unmap=False, fallback=True)
 
 
 def read_padded(leaf: Node, offset: int, view: memoryview) -> None:

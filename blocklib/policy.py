@@ -40,6 +40,8 @@ class Limits:
     refcount_table_bytes: int = 8 * MiB
     snapshots: int = 65536
     bitmaps: int = 65535
+    bitmap_bytes: int = 1 << 30
+    """What the stored bitmaps of one image may take in memory, together."""
     chain_depth: int = 200
     """Images below the top one."""
     virtual_size: int = MAX_SIZE

@@ -14,6 +14,7 @@ Argument = str | int | os.PathLike[str]
 
 PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
+    "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",

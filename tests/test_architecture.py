@@ -19,13 +19,13 @@ MAX_LINES = 650
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_fast", "errors"}),
     frozenset({"buffers", "drivers", "extents", "reports", "requests", "sizes"}),
-    frozenset({"options"}),
+    frozenset({"dirty_bits", "options"}),
     frozenset({"policy"}),
-    frozenset({"node", "probe"}),
+    frozenset({"node", "probe", "tracking"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),
-    frozenset({"snapshots"}),
+    frozenset({"bitmaps", "snapshots"}),
     frozenset({"disk"}),
     frozenset({"opening"}),
     frozenset({"creating"}),
@@ -38,7 +38,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Drivers are reached by a table of names, so that a format nobody opens is never loaded.
 DRIVER_ROOMS = frozenset({"formats", "protocols", "filters"})
 # Bytes and arithmetic only: what lets them be tested and fuzzed without a file.
-WITHOUT_IO = ("layout", "header", "header_checks", "header_write", "geometry")
+WITHOUT_IO = ("layout", "header", "header_checks", "header_write", "geometry", "bitmap_directory")
 IO_MODULES = frozenset({"fcntl", "io", "mmap", "os", "pathlib", "select", "shutil", "socket", "subprocess", "tempfile"})
 IO_ROOMS = frozenset({"node", "protocols", "plan", "graph", "disk"})
 

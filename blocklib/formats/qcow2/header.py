@@ -114,6 +114,12 @@ class Header:
         self.set_extension(layout.EXTENSION_DATA_FILE, _encode_name(name, "external data file name", longest))
 
     @property
+    def has_bitmaps(self) -> bool:
+        """Whether there are bitmaps that 'should be considered consistent': the extension and its autoclear bit."""
+        consistent = bool(self.autoclear_features & layout.AUTOCLEAR_BITMAPS)
+        return consistent and self.extension(layout.EXTENSION_BITMAPS) is not None
+
+    @property
     def feature_names(self) -> dict[tuple[int, int], str]:
         """(feature type, bit number) -> the name that the image's own table gives it, printable characters only."""
         return _decode_feature_names(self.extension(layout.EXTENSION_FEATURE_NAMES) or b"")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError, UsageError
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
+    from blocklib.tracking import BitmapStore
 
 _T = TypeVar("_T")
 
@@ -209,8 +211,22 @@ class Qcow2Node(Node):
                 found=f"{header.incompatible_features:#x}",
                 node=self.filename,
             )
-        if header.extension(layout.EXTENSION_BITMAPS) is not None:
-            raise self._unsupported("bitmaps", "opened for writing")
+        self._load_bitmaps()
+
+    def bitmap_store(self) -> BitmapStore:
+        from blocklib.formats.qcow2.bitmaps import StoredBitmaps
+
+        return StoredBitmaps(self)
+
+    def _load_bitmaps(self) -> None:
+        """Read the directory, so that nothing is written to an image whose bitmaps cannot be kept up."""
+        if self.bitmaps is None and self.header.has_bitmaps:
+            from blocklib.formats.qcow2.bitmaps import StoredBitmaps
+            from blocklib.tracking import Tracking
+
+            store = StoredBitmaps(self)
+            store.refuse_what_cannot_be_kept_up()
+            self.bitmaps = Tracking(self, store)
 
     def _unsupported(self, feature: str, verb: str) -> UnsupportedFeatureError:
         return UnsupportedFeatureError(
@@ -226,9 +242,20 @@ class Qcow2Node(Node):
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
             self._repair_after_crash()
-        kept = layout.AUTOCLEAR_RAW_EXTERNAL if data_file.is_external(self.header) else 0
-        if self.header.autoclear_features & ~kept:
-            self.header.autoclear_features &= kept
+        self._clear_what_is_not_kept_up()
+
+    def _clear_what_is_not_kept_up(self) -> None:
+        """Clear autoclear bits; bitmaps are kept up, unless somebody who does not know them has written the image before."""
+        header = self.header
+        kept = layout.AUTOCLEAR_RAW_EXTERNAL if data_file.is_external(header) else 0
+        if header.has_bitmaps:
+            kept |= layout.AUTOCLEAR_BITMAPS
+        lost = not header.has_bitmaps and header.extension(layout.EXTENSION_BITMAPS) is not None
+        if header.autoclear_features & ~kept or lost:
+            header.autoclear_features &= kept
+            if lost:
+                # As QEMU does.  Their clusters are leaked: nobody knows whether they are still theirs.
+                header.set_extension(layout.EXTENSION_BITMAPS, None)
             self.rewrite_header()
             self.writeback.barrier()
 
@@ -255,9 +282,18 @@ class Qcow2Node(Node):
             self.abandon()
 
     def _finish(self) -> None:
-        """Write everything, or raise ImageCorruptError where something is left that may not be written any more."""
+        """Write everything, or raise ImageCorruptError where something is left that may not be written any more.
+
+        Bitmaps come last: until then they say that they are in use.
+        """
         if self.corruption is None or self.writeback.has_changes:
             self.writeback.finish()
+        if self.bitmaps is not None:
+            try:
+                self.bitmaps.save()
+            finally:
+                if self.poisoned is None and self.corruption is None:
+                    self.writeback.finish()
 
     def abandon(self) -> None:
         if not self.metadata_only and hasattr(self, "mapping"):
@@ -390,6 +426,8 @@ class Qcow2Node(Node):
     def flush(self) -> None:
         if self.read_only or self.metadata_only:
             return
+        if self.bitmaps is not None:
+            self.bitmaps.before_flush()
         self.writeback.flush()
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
@@ -407,7 +445,9 @@ class Qcow2Node(Node):
     def apply_snapshot(self, id: str, name: str) -> None:
         from blocklib.formats.qcow2 import snapshot_changes
 
-        snapshot_changes.apply(self, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
+        index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
+        with self.bitmaps.replacing(self.snapshots[index].disk_size) if self.bitmaps is not None else nullcontext():
+            snapshot_changes.apply(self, index)
 
     def delete_snapshot(self, id: str, name: str) -> None:
         from blocklib.formats.qcow2 import snapshot_changes

@@ -29,6 +29,12 @@ def format_specific(node: Qcow2Node) -> Mapping[str, Any]:
         data["refcount-bits"] = 16
         return data
     data["lazy-refcounts"] = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
+    if header.has_bitmaps or node.bitmaps is not None:
+        from blocklib.formats.qcow2.bitmaps import described
+
+        bitmaps = described(node)
+        if bitmaps:
+            data["bitmaps"] = bitmaps
     data["refcount-bits"] = 1 << header.refcount_order
     if header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE:
         data["data-file"] = header.data_file_name

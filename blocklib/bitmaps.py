@@ -1,0 +1,204 @@
+"""The dirty bitmaps of a disk, as its users see them: `disk.bitmaps`, and one `Bitmap`.
+
+A bitmap notes which parts of the disk were written while it was enabled, in pieces of its granularity.  It belongs to the
+image on top of the chain; a persistent one is stored in that image when the disk is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from blocklib import graph
+from blocklib.errors import ReadOnlyError, UsageError
+from blocklib.tracking import DirtyBitmap, Tracking, tracking_of
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.extents import RangeTable
+    from blocklib.node import Node
+
+
+class Bitmap:
+    """One dirty bitmap.  Safe from any thread; every method raises ClosedError once its disk is closed.
+
+    Changes to a persistent bitmap reach the image when the disk is closed.  What changes it raises NameNotFoundError after
+    it was removed, UsageError where it is inconsistent, GraphConflictError while a job holds it, and ReadOnlyError for a
+    persistent bitmap of a disk that is open for reading.
+    """
+
+    __slots__ = ("_bitmap", "_disk", "_tracking")
+
+    def __init__(self, disk: Disk, tracking: Tracking, bitmap: DirtyBitmap) -> None:
+        self._disk = disk
+        self._tracking = tracking
+        self._bitmap = bitmap
+
+    @property
+    def name(self) -> str:
+        return self._bitmap.name
+
+    @property
+    def granularity(self) -> int:
+        """Bytes of the disk that one bit stands for."""
+        return self._bitmap.granularity
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it is stored in the image when the disk is closed."""
+        return self._bitmap.persistent
+
+    @property
+    def enabled(self) -> bool:
+        """Whether writes are to be noted; stored with a persistent bitmap."""
+        return self._bitmap.enabled
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes are noted now: it is enabled, and not inconsistent."""
+        return self._bitmap.enabled and not self._bitmap.inconsistent
+
+    @property
+    def inconsistent(self) -> bool:
+        """Whether it was in use when the image was last left without closing it: it has missed writes.
+
+        Nothing can be done with it but to remove it.
+        """
+        return self._bitmap.inconsistent
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job relies on it, so that it cannot be changed or removed."""
+        return bool(self._bitmap.holders)
+
+    @property
+    def count(self) -> int:
+        """Dirty bytes: the lengths of `dirty_ranges` together; 0 for one that is inconsistent.
+
+        The first use reads a stored bitmap from the image.
+        """
+        self._node()
+        return self._tracking.count(self._bitmap)
+
+    def dirty_ranges(self, offset: int = 0, length: int | None = None) -> RangeTable:
+        """The dirty ranges of the disk, or of a part of it, as rows of `blocklib.RANGE_DTYPE`.
+
+        They are ascending, apart from each other, and end with the disk.  Raises UsageError where it is inconsistent.
+        """
+        offset = index(offset)
+        node = self._node()
+        length = max(0, node.size - offset) if length is None else index(length)
+        if offset < 0 or length < 0:
+            raise UsageError(f"{length} bytes at {offset}")
+        return self._tracking.copy(self._bitmap).table(offset, length)
+
+    def clear(self) -> None:
+        """Unmark everything."""
+        with graph.drained(self._node()):
+            self._tracking.change(self._bitmap, lambda bits: bits.clear())
+
+    def enable(self) -> None:
+        """Note writes from now on."""
+        with graph.drained(self._node()):
+            self._tracking.enable(self._bitmap, True)
+
+    def disable(self) -> None:
+        """Note no more writes; what is marked stays."""
+        with graph.drained(self._node()):
+            self._tracking.enable(self._bitmap, False)
+
+    def merge(self, *others: Bitmap) -> None:
+        """Mark what is marked in `others` as well, all of them or none.
+
+        They may have another granularity and belong to another disk, which must have the same size.
+        """
+        node = self._node()
+        copies = []
+        for other in others:
+            other_node = other._node()
+            if other_node.size != node.size:
+                raise UsageError(
+                    f"the bitmap {other.name!r} is for a disk of {other_node.size} bytes, {self.name!r} for one of {node.size}",
+                    node=node.name,
+                )
+            copies.append(other._tracking.copy(other._bitmap))
+        with graph.drained(node):
+            for bits in copies:
+                self._tracking.change(self._bitmap, lambda mine, bits=bits: mine.merge(bits))  # type: ignore[misc]
+
+    def remove(self) -> None:
+        """Forget it."""
+        with graph.drained(self._node()):
+            self._tracking.remove(self._bitmap)
+
+    def _node(self) -> Node:
+        """The disk's top node.  Raises ClosedError."""
+        return self._disk.node
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Bitmap cannot be pickled: open the disk again in the worker")
+
+    def __repr__(self) -> str:
+        states = [
+            word
+            for word, is_so in (
+                ("persistent", self.persistent),
+                ("recording", self.recording),
+                ("inconsistent", self.inconsistent),
+                ("busy", self.busy),
+            )
+            if is_so
+        ]
+        return f"<Bitmap {self.name!r}: {', '.join([*states, f'granularity {self.granularity}'])}>"
+
+
+class Bitmaps:
+    """The bitmaps of a disk's top image, by name: ``[name]``, iteration over `Bitmap`, ``in``, ``len``."""
+
+    __slots__ = ("_disk",)
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def add(self, name: str, *, granularity: int | None = None, persistent: bool = False, enabled: bool = True) -> Bitmap:
+        """A new bitmap without marks, which notes every write from now on unless `enabled` is False.
+
+        `granularity` is in bytes: a power of two from 512 to 2 GiB, by default the image's cluster size between 4 and
+        64 KiB.  The name has 1 to 1023 bytes.  A `persistent` one is stored in the image when the disk is closed.
+
+        Raises UsageError for a name that is taken or what cannot be stored, ReadOnlyError, UnsupportedFeatureError.
+        """
+        tracking = self._tracking()
+        with graph.drained(self._disk.node):  # a request that has begun would not be noted
+            if persistent and self._disk.mode == "r":
+                name_of_node = self._disk.node.filename or self._disk.node.name
+                raise ReadOnlyError(f"{name_of_node}: opened for reading; mode 'r+' stores bitmaps", node=self._disk.node.name)
+            given = index(granularity) if granularity is not None else None
+            bitmap = tracking.add(name, given, persistent=persistent, enabled=enabled)
+        return Bitmap(self._disk, tracking, bitmap)
+
+    def __getitem__(self, name: str) -> Bitmap:
+        """Raises NameNotFoundError."""
+        tracking = self._tracking()
+        return Bitmap(self._disk, tracking, tracking.get(name))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._tracking().names()
+
+    def __iter__(self) -> Iterator[Bitmap]:
+        tracking = self._tracking()
+        return iter([Bitmap(self._disk, tracking, bitmap) for bitmap in tracking.all()])
+
+    def __len__(self) -> int:
+        return len(self._tracking().names())
+
+    def __reduce__(self) -> Any:
+        raise TypeError("the bitmaps of a disk cannot be pickled: open the disk again in the worker")
+
+    def __repr__(self) -> str:
+        return f"<Bitmaps {self._tracking().names()}>"
+
+    def _tracking(self) -> Tracking:
+        node = self._disk.node
+        return node.bitmaps if node.bitmaps is not None else tracking_of(node)
