@@ -114,6 +114,8 @@ class Node:
         self.size = 0
         self.request_alignment = 1
         self.zero_alignment = 1
+        self.zero_part_alignment = 0
+        """Bytes: aligned to this, part of a zeroing unit can be made zero whatever else is in the unit; 0 where none can."""
         self.detect_zeroes: DetectZeroes = "off"
         self.discard_passes = False
         self.tracker: RequestTracker | None = None
@@ -206,6 +208,11 @@ class Node:
         """Whether the image names a backing file, open or not."""
         return False
 
+    @property
+    def preallocation_hides_backing(self) -> bool:
+        """Whether what a resize preallocates reads as zero although something lies below."""
+        return True
+
     # -- where ranges live --------------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int) -> Run:
@@ -269,7 +276,10 @@ class Node:
         )
 
     def zero_part(self, offset: int, length: int) -> bool:
-        """Make part of one zeroing unit read as zero without writing bytes; False where bytes must be written."""
+        """Make part of one zeroing unit read as zero without writing bytes; False where bytes must be written.
+
+        Where there is a `zero_part_alignment`, the part is aligned to it (or ends with the node), or lies inside one.
+        """
         return False
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:

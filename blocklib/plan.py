@@ -176,6 +176,11 @@ def _zero_bytes(node: Node, offset: int, length: int, fallback: bool) -> None:
     """Zero a range inside one or two units of the node."""
     while length > 0:
         n = min(length, node.zero_alignment - offset % node.zero_alignment)
+        part = node.zero_part_alignment
+        if part and offset % part:
+            n = min(n, part - offset % part)
+        elif part and n > part and offset + n != node.size:
+            n -= n % part
         if not node.zero_part(offset, n):
             if not fallback:
                 raise StorageError(
@@ -256,7 +261,8 @@ def _zero_gained(node: Node, old_size: int, preallocation: Preallocation) -> Non
     unit = node.zero_alignment
     backing = node.children.get("backing")
     end = -(-old_size // unit) * unit  # an earlier, larger disk may have left bytes in the last unit
-    if preallocation == "off" and (backing.node.size > old_size if backing is not None else node.names_backing):
+    shown = preallocation == "off" or not node.preallocation_hides_backing
+    if shown and (backing.node.size > old_size if backing is not None else node.names_backing):
         end = node.size  # the backing file shows through: all of the new part is made zero, for it may grow later, too
     length = min(end, node.size) - old_size
     if length > 0:  # nothing to be noted in bitmaps: the new part is as whoever reads a disk of this size expects it

@@ -52,6 +52,8 @@ def block_status(node: Node, offset: int, length: int) -> Status:
     if kind == KIND_BACKING:
         below = backing_below(node)
         if below is None or offset >= below.size:
+            if flags & FLAG_OFFSET_VALID and child is not None:  # a place that is not in use yet
+                return n, FLAG_ZERO | FLAG_OFFSET_VALID, 0, child_offset, child.node
             return n, FLAG_ZERO, 0, -1, None
         return min(n, below.size - offset), 0, 0, -1, None
     if not flags & FLAG_OFFSET_VALID or child is None:
@@ -184,25 +186,41 @@ def extent_table(top: Node, offset: int, length: int, base: Node | None = None) 
             break
         start = int(table["offset"][wanted[0]])
         end = int(table["offset"][wanted[-1]] + table["length"][wanted[-1]])
-        parts = []
-        if below is not base and start < below.size:
-            parts.append(_layer(below, start, min(end, below.size) - start, depth + 1))
         if end > below.size:
-            # The image above deferred to one that ends here: these zeroes are reported as the upper one's.
-            parts.append(_zeroes(max(start, below.size), end, depth, present=False))
-        if parts:
-            table = _merge(table, parts[0] if len(parts) == 1 else np.concatenate(parts))
+            # The image above defers to one that ends here: these zeroes are reported as the upper one's.
+            table = _zero_behind(table, below.size)
         if below is base:
             break
+        if start < below.size:
+            table = _merge(table, _layer(below, start, min(end, below.size) - start, depth + 1))
         depth += 1
         node = below
+    table["host_offset"][~(table["present"] | table["zero"])] = -1  # a place that is not in use yet tells nothing
     return _coalesce(table)
 
 
-def _zeroes(start: int, end: int, depth: int, *, present: bool, host_offset: int = -1) -> ExtentTable:
+def _zero_behind(table: ExtentTable, size: int) -> ExtentTable:
+    """The same, where what nothing determines reads as zero from guest offset `size` on."""
     import numpy as np
 
-    return np.array([(start, end - start, depth, host_offset, False, True, present, False)], dtype=vocabulary.EXTENT_DTYPE)
+    at = int(np.searchsorted(table["offset"], size))
+    if at and table["offset"][at - 1] + table["length"][at - 1] > size:  # one row becomes two
+        table = np.insert(table, at, table[at - 1])
+        before = size - table["offset"][at - 1]
+        table["length"][at - 1] = before
+        table["length"][at] -= before
+        table["offset"][at] = size
+        if table["host_offset"][at] >= 0:
+            table["host_offset"][at] += before
+    table["zero"][at:] |= ~table["present"][at:]
+    return table
+
+
+def _zeroes(start: int, end: int, depth: int, host_offset: int) -> ExtentTable:
+    """The zeroes behind the end of a protocol node."""
+    import numpy as np
+
+    return np.array([(start, end - start, depth, host_offset, False, True, True, False)], dtype=vocabulary.EXTENT_DTYPE)
 
 
 def _layer(node: Node, offset: int, length: int, depth: int) -> ExtentTable:
@@ -239,7 +257,7 @@ def _protocol_layer(node: Node, offset: int, length: int, depth: int) -> ExtentT
     inside = max(0, min(length, node.size - offset))
     parts = [_layer(node, offset, inside, depth)] if inside else []
     if inside < length:
-        parts.append(_zeroes(offset + inside, offset + length, depth, present=True, host_offset=offset + inside))
+        parts.append(_zeroes(offset + inside, offset + length, depth, offset + inside))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -183,6 +183,7 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
         ),
         Option("data_file", "str", "File that holds the guest's data, each byte at its guest offset"),
         Option("data_file_raw", "bool", "Keep the data file readable as a raw image (default: off)", default=False),
+        Option("extended_l2", "bool", "Divide clusters into 32 subclusters (default: off)", default=False),
         Option("lazy_refcounts", "bool", "Postpone updates of reference counts (default: off)", default=False),
         Option(
             "preallocation",
@@ -212,7 +213,7 @@ NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
         "pass-discard-other",
     ),
     ("create", "file"): _FILE_HINTS,
-    ("create", "qcow2"): (*_FILE_HINTS, "encrypt", "encryption", "extended_l2"),
+    ("create", "qcow2"): (*_FILE_HINTS, "encrypt", "encryption"),
     ("create", "raw"): _FILE_HINTS,
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""

@@ -310,7 +310,6 @@ def test_unknown_incompatible_features_are_named_before_anything_is_read() -> No
 @pytest.mark.parametrize(
     ("options", "feature"),
     [
-        ("extended_l2=on", "extended"),
         ("encrypt.format=aes,encrypt.key-secret=s", "encryption"),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_dirty_image_is_said_to_be_one(blocklib: CommandLine, qemu_img: Progra
     assert blocklib.json("info", "dirty.qcow2") == qemu_img.json("info", "dirty.qcow2")
 
 
-@pytest.mark.parametrize("options", ["data_file=disk.raw", "data_file=disk.raw,data_file_raw=on", "extended_l2=on"])
+@pytest.mark.parametrize("options", ["data_file=disk.raw", "data_file=disk.raw,data_file_raw=on"])
 def test_an_image_that_cannot_be_read_yet_is_described_as_by_qemu_img(
     blocklib: CommandLine, qemu_img: Program, here: Path, options: str
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from blocklib.disk import Disk
 from blocklib.errors import BlocklibError
-from blocklib.extents import FLAG_DATA, FLAG_RAW, FLAG_ZERO, KIND_DATA, KIND_ZERO
+from blocklib.extents import FLAG_DATA, FLAG_OFFSET_VALID, FLAG_RAW, FLAG_ZERO, KIND_DATA, KIND_ZERO
 from blocklib.graph import Transaction
 from blocklib.node import Node
 
@@ -199,7 +199,8 @@ class NodeTests(ABC):
             if not flags & FLAG_RAW:
                 assert not (kind == KIND_ZERO and flags & FLAG_DATA)
                 assert not (kind == KIND_DATA and flags & FLAG_ZERO)
-            assert (child is None) == (disk.node.is_leaf or kind != KIND_DATA)
+            has_place = kind == KIND_DATA or flags & FLAG_OFFSET_VALID
+            assert (child is None) == (disk.node.is_leaf or not has_place)
             position += n
 
     # -- size ---------------------------------------------------------------------------------------------------------

@@ -64,5 +64,17 @@ class TestQcow2WithARawDataFile(TestQcow2):
     options: ClassVar[dict[str, Any]] = {"data_file": "data", "data_file_raw": True, "cluster_size": 4096}
 
 
+class TestQcow2WithSubclusters(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"extended_l2": True, "cluster_size": "16k"}
+
+
+class TestQcow2WithSubclustersInARawDataFile(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"extended_l2": True, "data_file": "data", "data_file_raw": True}
+
+
+class TestQcow2WithPreallocatedSubclusters(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"extended_l2": True, "preallocation": "falloc"}
+
+
 class TestQcow2Preallocated(TestQcow2):
     options: ClassVar[dict[str, Any]] = {"preallocation": "metadata"}

@@ -26,6 +26,8 @@ VERSIONS: Final[tuple[Version, ...]] = (
 )
 DEPTHS: Final = (0, 1, 2, 4)
 PREALLOCATIONS: Final[tuple[Preallocation, ...]] = ("off", "metadata", "falloc", "full")
+EXTENDED: Final = (False, True)
+"""Whether the clusters have subclusters."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Case:
     version: Version
     depth: int
     preallocation: Preallocation
+    extended_l2: bool = False
 
     def __str__(self) -> str:
         compat, bits = self.version
-        return f"{self.cluster_size}-{compat}-refcount{bits}-depth{self.depth}-{self.preallocation}"
+        kind = "-extended" if self.extended_l2 else ""
+        return f"{self.cluster_size}-{compat}-refcount{bits}-depth{self.depth}-{self.preallocation}{kind}"
 
     @property
     def size(self) -> int:
@@ -55,7 +59,7 @@ class Case:
             if level < self.depth:
                 size = size + 5 * SECTOR if level % 2 else size // 3 // SECTOR * SECTOR
             preallocation = self.preallocation if level == 0 else "off"
-            images.append(ImageSpec(size, "qcow2", self.cluster_size, bits, compat, preallocation))
+            images.append(ImageSpec(size, "qcow2", self.cluster_size, bits, compat, preallocation, self.extended_l2))
         return images
 
     def random(self) -> random.Random:
@@ -64,12 +68,19 @@ class Case:
 
 
 def every_combination(cluster_size: int, version: Version) -> list[Case]:
-    return [Case(cluster_size, version, *row) for row in itertools.product(DEPTHS, PREALLOCATIONS)]
+    rows = itertools.product((cluster_size,), (version,), DEPTHS, PREALLOCATIONS, EXTENDED)
+    return [Case(*row) for row in rows if is_possible(*row)]
+
+
+def is_possible(cluster_size: int, version: Version, _depth: int, _preallocation: Preallocation, extended: bool) -> bool:
+    """Only large clusters of version 3 have subclusters."""
+    return not extended or (cluster_size >= 16 * KiB and version[0] == "1.1")
 
 
 def every_pair() -> list[Case]:
     """Cases in which any two values of two properties meet at least once."""
-    rows: list[Any] = list(itertools.product(CLUSTER_SIZES, VERSIONS, DEPTHS, PREALLOCATIONS))
+    product = itertools.product(CLUSTER_SIZES, VERSIONS, DEPTHS, PREALLOCATIONS, EXTENDED)
+    rows: list[Any] = [row for row in product if is_possible(*row)]
 
     def pairs(row: Sequence[object]) -> set[object]:
         return {(i, j, row[i], row[j]) for i, j in itertools.combinations(range(len(row)), 2)}

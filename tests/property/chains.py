@@ -34,15 +34,17 @@ class ImageSpec:
     refcount_bits: int = 16
     compat: Literal["0.10", "1.1"] = "1.1"
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off"
+    extended_l2: bool = False
 
     def create(self, path: Path, below: ChainImage | None) -> ChainImage:
-        options: dict[str, int | str] = {}
+        options: dict[str, int | str | bool] = {}
         if self.format == "qcow2":
             options = {
                 "cluster_size": self.cluster_size,
                 "compat": self.compat,
                 "refcount_bits": self.refcount_bits,
                 "preallocation": self.preallocation,
+                "extended_l2": self.extended_l2,
             }
         blocklib.create(
             path,

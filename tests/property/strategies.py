@@ -10,6 +10,8 @@ from blocklib import KiB, MiB
 from tests.property.chains import MAX_SIZE, SECTOR, Change, ImageSpec, Place
 
 CLUSTER_SIZES: Final = (512, 4 * KiB, 64 * KiB, 1 * KiB, 2 * MiB)
+EXTENDED_MIN: Final = 16 * KiB
+"""The smallest clusters that can be divided into subclusters."""
 WIDTHS: Final = (16, 1, 64, 2, 8, 4, 32)
 
 
@@ -32,6 +34,11 @@ def image_specs(draw: st.DrawFn, *, raw: bool = False) -> ImageSpec:
     size = draw(sizes(cluster_size))
     compat: Literal["0.10", "1.1"] = draw(st.sampled_from(("1.1", "0.10")))
     width = draw(st.sampled_from(WIDTHS)) if compat == "1.1" else 16
+    if compat == "1.1" and draw(st.booleans()):
+        # Overlays may be preallocated: their subclusters are not.
+        preallocation: Literal["off", "metadata"] = draw(st.sampled_from(("off", "metadata")))
+        cluster_size = max(cluster_size, EXTENDED_MIN)
+        return ImageSpec(size, "qcow2", cluster_size, width, compat, preallocation, extended_l2=True)
     return ImageSpec(size, "qcow2", cluster_size, width, compat)
 
 

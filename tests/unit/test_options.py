@@ -416,6 +416,7 @@ def test_create_options_have_the_defaults_of_qemu_img() -> None:
         "compression_type": "zlib",
         "data_file": None,
         "data_file_raw": False,
+        "extended_l2": False,
         "lazy_refcounts": False,
         "preallocation": "off",
         "refcount_bits": 16,
@@ -454,7 +455,6 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
 @pytest.mark.parametrize(
     ("table", "name", "value", "feature"),
     [
-        ("create", "extended_l2", True, "extended_l2"),
         ("create", "encryption", "on", "encryption"),
         ("create", "encrypt.format", "luks", "encrypt"),
         ("create", "encrypt", {"format": "luks"}, "encrypt"),
@@ -468,7 +468,7 @@ def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: st
     assert caught.value.features == (feature,)
 
 
-@pytest.mark.parametrize("name", ["extended_l2", "encryption", "nocow"])
+@pytest.mark.parametrize("name", ["encryption", "nocow"])
 @pytest.mark.parametrize("value", ["off", False])
 def test_what_is_switched_off_needs_no_support(name: str, value: object) -> None:
     assert check_options("qcow2", {name: value}, table="create") == check_options("qcow2", {}, table="create")
@@ -495,6 +495,7 @@ def test_options_are_described_in_the_layout_of_qemu_img() -> None:
         "  compression_type=<str> - ",
         "  data_file=<str>        - ",
         "  data_file_raw=<bool (on/off)> - ",
+        "  extended_l2=<bool (on/off)> - ",
         "  lazy_refcounts=<bool (on/off)> - ",
         "  preallocation=<str>    - ",
         "  refcount_bits=<num>    - ",

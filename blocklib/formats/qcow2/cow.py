@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 class AllocationTicket(WriteTicket):
     """Host clusters reserved for guest clusters [first, stop)."""
 
-    __slots__ = ("_node", "first", "host_cluster", "preallocated", "stop")
+    __slots__ = ("_node", "end", "first", "host_cluster", "preallocated", "start", "stop")
+
+    start: int
+    end: int
+    """Bytes [start, end) from the first cluster on are what is written: head, data and tail."""
 
     def __init__(self, node: Qcow2Node, first: int, stop: int, host_cluster: int, *, preallocated: bool) -> None:
         self._node = node
@@ -22,7 +26,7 @@ class AllocationTicket(WriteTicket):
         self.stop = stop
         self.host_cluster = host_cluster
         self.preallocated = preallocated
-        """The host clusters are the guest clusters' own already; only the zero flag goes."""
+        """The host clusters are the guest clusters' own already; only what the entries say of their content changes."""
 
     def commit(self) -> None:
         self._node.link(self)

@@ -39,6 +39,11 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
             raise _bad("lazy_refcounts", "lazy refcounts need compat=1.1")
         if options["compression_type"] != "zlib":
             raise _bad("compression_type", f"compression_type={options['compression_type']} needs compat=1.1")
+        if options["extended_l2"]:
+            raise _bad("extended_l2", "extended L2 entries need compat=1.1")
+    if options["extended_l2"] and cluster_size < 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS:
+        least = 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS
+        raise _bad("extended_l2", f"extended L2 entries need clusters of at least {least} bytes, not {cluster_size}")
     header = Header(
         version=version,
         cluster_bits=cluster_size.bit_length() - 1,
@@ -51,6 +56,8 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if options["compression_type"] == "zstd":
         header.compression_type = layout.COMPRESSION_ZSTD
         header.incompatible_features |= layout.INCOMPATIBLE_COMPRESSION_TYPE
+    if options["extended_l2"]:
+        header.incompatible_features |= layout.INCOMPATIBLE_EXTENDED_L2
     _set_data_file(header, options)
     header.backing_name = options.get("backing_file")
     if header.backing_name is not None:
@@ -63,8 +70,8 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
             f"a size of {header.size} bytes is more than clusters of {cluster_size} bytes can map "
             f"({header.geometry().max_virtual_size} bytes)",
         )
-    if header.backing_name is not None and options["preallocation"] != "off":
-        raise _bad("preallocation", "preallocation and a backing file exclude each other")
+    if header.backing_name is not None and options["preallocation"] != "off" and not options["extended_l2"]:
+        raise _bad("preallocation", "preallocation and a backing file exclude each other without extended_l2=on")
     return header
 
 

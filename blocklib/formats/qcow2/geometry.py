@@ -57,6 +57,7 @@ class Geometry:
     subclusters: int = field(init=False, repr=False, compare=False)
     """32 with extended L2 entries, else 1: the cluster itself."""
     subcluster_size: int = field(init=False, repr=False, compare=False)
+    subcluster_bits: int = field(init=False, repr=False, compare=False)
     refcount_bits: int = field(init=False, repr=False, compare=False)
     max_refcount: int = field(init=False, repr=False, compare=False)
     refcount_block_bits: int = field(init=False, repr=False, compare=False)
@@ -95,6 +96,7 @@ class Geometry:
             "l1_shift": self.cluster_bits + l2_bits,
             "subclusters": subclusters,
             "subcluster_size": cluster_size // subclusters,
+            "subcluster_bits": self.cluster_bits - (subclusters.bit_length() - 1),
             "refcount_bits": refcount_bits,
             "max_refcount": (1 << refcount_bits) - 1,
             "refcount_block_bits": refcount_block_bits,

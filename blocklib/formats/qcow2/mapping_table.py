@@ -21,7 +21,8 @@ from blocklib.extents import (
     KIND_SPECIAL,
     KIND_ZERO,
 )
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import layout, subclusters
+from blocklib.formats.qcow2.subcluster_mapping import SubclusterMapping
 from blocklib.formats.qcow2.tables import numpy_view
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ _OFFSET_MASK = np.uint64(layout.OFFSET_MASK)
 _COMPRESSED = np.uint64(layout.FLAG_COMPRESSED)
 _ZERO = np.uint64(layout.FLAG_ZERO)
 _COPIED = np.uint64(layout.FLAG_COPIED)
+_ALL_ALLOCATED = np.uint64(subclusters.ALL_ALLOCATED)
+_ALL_ZERO = np.uint64(subclusters.ALL_ZERO)
+_ONE = np.uint64(1)
+_N = subclusters.N
 
 
 def resolve_table(mapping: Mapping, file: Edge, offset: int, length: int) -> RunTable:
@@ -49,14 +54,17 @@ def resolve_table(mapping: Mapping, file: Edge, offset: int, length: int) -> Run
         else:
             n = min(end, (position // table_bytes + 1) * table_bytes) - position
             entries, first = _load_entries(mapping, file, position, n)
-            parts.append(classify(mapping, entries, first))
+            if isinstance(mapping, SubclusterMapping):
+                parts.append(classify_pairs(mapping, entries, first))
+            else:
+                parts.append(classify(mapping, entries, first))
         position += n
     runs = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return clip_runs(coalesce_runs(runs), offset, length)
 
 
 def _load_entries(mapping: Mapping, file: Edge, offset: int, length: int) -> tuple[NDArray[np.uint64], int]:
-    """The L2 entries that map the range, of one L2 table, and the guest offset of the first.
+    """The words of the L2 entries that map the range, of one L2 table, and the guest offset of the first.
 
     Cached slices are taken as they are (they may hold changes); the rest is read around the cache, so that a walk over
     the whole disk does not empty it.
@@ -71,7 +79,8 @@ def _load_entries(mapping: Mapping, file: Edge, offset: int, length: int) -> tup
         assert host_offset is not None
         table = mapping.cache.peek(host_offset)
         if table is not None:
-            parts.append(numpy_view(table).copy())
+            # Copied by the table, in one step: see `SubclusterMapping`.
+            parts.append(numpy_view(table[:]))
         else:
             mapping.cache.check_inside_file(host_offset)
             buffer = bytearray(mapping.slice_length)
@@ -81,24 +90,24 @@ def _load_entries(mapping: Mapping, file: Edge, offset: int, length: int) -> tup
     first = first_slice * slice_bytes
     low = (offset - first) >> geometry.cluster_bits
     high = (offset + length - first + geometry.cluster_mask) >> geometry.cluster_bits
-    return entries[low:high], first + (low << geometry.cluster_bits)
+    return entries[low * mapping.words : high * mapping.words], first + (low << geometry.cluster_bits)
 
 
 def classify(mapping: Mapping, entries: NDArray[np.uint64], guest_offset: int) -> RunTable:
-    """The coalesced runs of consecutive L2 entries, the first of which maps `guest_offset`."""
+    """The coalesced runs of consecutive standard L2 entries, the first of which maps `guest_offset`."""
     geometry = mapping.geometry
     cluster_size = np.int64(geometry.cluster_size)
     compressed = (entries & _COMPRESSED) != 0
     zero = ((entries & _ZERO) != 0) & ~compressed
     host = np.where(compressed, np.uint64(0), entries & _OFFSET_MASK).astype(np.int64)
-    _refuse(mapping, entries, (host & geometry.cluster_mask) != 0, "a cluster aligned offset")
+    _refuse(mapping, guest_offset, entries, (host & geometry.cluster_mask) != 0, "a cluster aligned offset")
     if not mapping.zero_flag_allowed:
-        _refuse(mapping, entries, zero, "no zero flag in a version 2 image")
+        _refuse(mapping, guest_offset, entries, zero, "no zero flag in a version 2 image")
     placed = np.where(zero, host != 0, (entries & np.uint64(mapping.allocated_mask)) != 0) & ~compressed
     if mapping.external:
         _check_external(mapping, entries, guest_offset, host, placed)
     absent = ~placed & ~zero & ~compressed
-    _refuse(mapping, entries, absent & ((entries & ~_COPIED) != 0), "reserved bits of zero")
+    _refuse(mapping, guest_offset, entries, absent & ((entries & ~_COPIED) != 0), "reserved bits of zero")
     kind = np.full(len(entries), KIND_BACKING, dtype=np.uint8)
     kind[placed] = KIND_DATA
     kind[zero] = KIND_ZERO
@@ -130,6 +139,60 @@ def _check_external(
         mapping.check_external(int(entries[first]), int(guest[first]))
 
 
+def classify_pairs(mapping: SubclusterMapping, words: NDArray[np.uint64], guest_offset: int) -> RunTable:
+    """The same for extended L2 entries.  Clusters whose subclusters are all alike are treated as a whole."""
+    geometry = mapping.geometry
+    entries, bitmaps = words[::2], words[1::2]
+    compressed = (entries & _COMPRESSED) != 0
+    host = np.where(compressed, np.uint64(0), entries & _OFFSET_MASK).astype(np.int64)
+    placed = ((entries & np.uint64(mapping.allocated_mask)) != 0) & ~compressed
+    if mapping.external:
+        _check_external(mapping, entries, guest_offset, host, placed)
+    _refuse_faulty(mapping, guest_offset, entries, bitmaps, ~placed & ~compressed, compressed)
+    alike = compressed | (bitmaps == 0) | (bitmaps == _ALL_ALLOCATED) | (bitmaps == _ALL_ZERO)
+    counts = np.where(alike, 1, _N)
+    entry = np.repeat(np.arange(len(entries)), counts)
+    # Where all are alike, the first stands for them.
+    subcluster = np.arange(len(entry)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shift = subcluster.astype(np.uint64)
+    bitmap = bitmaps[entry]
+    runs = np.empty(len(entry), dtype=extents.RUN_DTYPE)
+    runs["offset"] = guest_offset + (entry << geometry.cluster_bits) + (subcluster << geometry.subcluster_bits)
+    runs["length"] = np.where(alike[entry], geometry.cluster_size, geometry.subcluster_size)
+    placed = placed[entry]
+    runs["child_offset"] = np.where(placed, host[entry] + (subcluster << geometry.subcluster_bits), 0)
+    kind = np.full(len(entry), KIND_BACKING, dtype=np.uint8)
+    kind[(bitmap >> shift & _ONE) != 0] = KIND_DATA
+    kind[(bitmap >> (shift + np.uint64(_N)) & _ONE) != 0] = KIND_ZERO
+    kind[compressed[entry]] = KIND_SPECIAL
+    runs["kind"] = kind
+    runs["flags"] = _flags_of(mapping)[kind]
+    runs["flags"][placed & (kind != KIND_DATA)] |= FLAG_OFFSET_VALID
+    return coalesce_runs(runs)
+
+
+def _refuse_faulty(
+    mapping: SubclusterMapping,
+    guest_offset: int,
+    entries: NDArray[np.uint64],
+    bitmaps: NDArray[np.uint64],
+    absent: NDArray[np.bool_],
+    compressed: NDArray[np.bool_],
+) -> None:
+    """Raises ImageCorruptError where `SubclusterMapping.fault` finds fault."""
+    faulty = (entries & _ZERO) != 0
+    faulty |= (entries & _OFFSET_MASK & np.uint64(mapping.geometry.cluster_mask)) != 0
+    faulty |= (bitmaps & bitmaps >> np.uint64(_N)) != 0
+    faulty |= absent & (((entries & ~_COPIED) != 0) | ((bitmaps & _ALL_ALLOCATED) != 0))
+    faulty &= ~compressed
+    if faulty.any():
+        first = int(np.argmax(faulty))
+        entry, bitmap = int(entries[first]), int(bitmaps[first])
+        fault = mapping.fault(entry, bitmap)
+        assert fault is not None
+        raise mapping.bad_pair(guest_offset + (first << mapping.geometry.cluster_bits), entry, bitmap, fault)
+
+
 def _flags_of(mapping: Mapping) -> NDArray[np.uint8]:
     flags = np.zeros(4, dtype=np.uint8)
     flags[KIND_DATA] = mapping.data_flags
@@ -157,6 +220,8 @@ def coalesce_runs(runs: RunTable) -> RunTable:
 
 def clip_runs(runs: RunTable, offset: int, length: int) -> RunTable:
     """The part of `runs`, which cover the range, that lies inside it."""
+    first = int(np.searchsorted(runs["offset"], offset, side="right")) - 1
+    runs = runs[first : int(np.searchsorted(runs["offset"], offset + length))]
     cut = offset - int(runs["offset"][0])
     if cut > 0:
         if runs["flags"][0] & FLAG_OFFSET_VALID:
@@ -169,6 +234,9 @@ def clip_runs(runs: RunTable, offset: int, length: int) -> RunTable:
     return runs
 
 
-def _refuse(mapping: Mapping, entries: NDArray[np.uint64], bad: NDArray[np.bool_], expected: str) -> None:
+def _refuse(
+    mapping: Mapping, guest_offset: int, entries: NDArray[np.uint64], bad: NDArray[np.bool_], expected: str
+) -> None:
     if bad.any():
-        raise mapping.bad_entry(int(entries[int(np.argmax(bad))]), expected)
+        first = int(np.argmax(bad))
+        raise mapping.bad_entry(guest_offset + (first << mapping.geometry.cluster_bits), int(entries[first]), expected)

@@ -54,6 +54,7 @@ SUPPORTED_INCOMPATIBLE = (
     | layout.INCOMPATIBLE_CORRUPT
     | layout.INCOMPATIBLE_DATA_FILE
     | layout.INCOMPATIBLE_COMPRESSION_TYPE
+    | layout.INCOMPATIBLE_EXTENDED_L2
 )
 
 
@@ -129,6 +130,7 @@ class Qcow2Node(Node):
         self.geometry = self.header.geometry()
         self.size = self.header.size // SIZE_UNIT * SIZE_UNIT  # QEMU shows whole sectors
         self.zero_alignment = self.geometry.cluster_size
+        self.zero_part_alignment = self.geometry.subcluster_size
         if self.metadata_only:
             return
         self._refuse_what_is_not_supported(self.header)
@@ -136,7 +138,7 @@ class Qcow2Node(Node):
         header, geometry = self.header, self.geometry
         self.snapshots = read_snapshots(file, header, node=self.filename)
         settings = settings_for(self.options, header, node=self.filename)
-        self.mapping = ClusterMapping(
+        self.mapping = self._mapping_class()(
             file,
             geometry,
             self._read_l1(),
@@ -176,6 +178,17 @@ class Qcow2Node(Node):
         l1 = load_l1(self, index)
         self.size = snapshot_size(self, self.snapshots[index])
         return l1
+
+    @property
+    def preallocation_hides_backing(self) -> bool:
+        return not self.geometry.extended_l2
+
+    def _mapping_class(self) -> type[ClusterMapping]:
+        if not self.geometry.extended_l2:
+            return ClusterMapping
+        from blocklib.formats.qcow2.subcluster_mapping import SubclusterMapping
+
+        return SubclusterMapping
 
     def active_l1_clusters(self) -> tuple[int, int]:
         """(first cluster, number) of the active L1 table."""
@@ -376,13 +389,12 @@ class Qcow2Node(Node):
             if slice_offset is not None and trusted is not None:
                 table = mapping.cache.peek(slice_offset)
                 if table is not None:
-                    in_cluster = offset & self.geometry.cluster_mask
-                    index = mapping.index_in_slice(offset)
-                    stop = min(len(table), index + self.geometry.clusters_for(in_cluster + length))
-                    host_offset, n = mapping.in_place_run(table, index, stop)
-                    if n and (trusted[index] if n == 1 else 0 not in trusted[index : index + n]):
-                        fits = (n << self.geometry.cluster_bits) - in_cluster
-                        return self.data, host_offset + in_cluster, min(length, fits), None
+                    host_offset, n = mapping.in_place(table, offset, length)
+                    if n:
+                        index = mapping.index_in_slice(offset)
+                        n_words = mapping.words_for(offset, n)
+                        if trusted[index] if n_words == 1 else 0 not in trusted[index : index + n_words]:
+                            return self.data, host_offset, n, None
         except ImageCorruptError:
             pass  # the slow way meets it again, and does what is to be done then
         return self.retry(lambda: writing.prepare(self, offset, length))
@@ -396,7 +408,9 @@ class Qcow2Node(Node):
         writing.unreserve(self, ticket)
 
     def zero_part(self, offset: int, length: int) -> bool:
-        done = self.retry(lambda: writing.zero_part(self, offset))
+        if self.geometry.extended_l2:  # whole subclusters become zero though there are bytes
+            data_file.before_zeroing(self, offset, length, unmap=False)
+        done = self.retry(lambda: writing.zero_part(self, offset, length))
         self.writeback.relieve()
         return done
 

@@ -145,14 +145,14 @@ class OverlapGuard:
         self._refcount_blocks: _TableIndex | None = None
         self._snapshots = _Snapshots((), 0, (), 0, array("Q"))
         self.trusted: dict[int, bytearray] = {}
-        """L2 slice (host offset) -> for each of its entries, whether the cluster it points at may be written in place.
+        """L2 slice (host offset) -> for each word of it, whether the cluster its entry points at may be written in place.
 
         Read without the lock."""
 
     # -- trust ----------------------------------------------------------------------------------------------------------
 
-    def trust(self, slice_offset: int, n_entries: int, index: int, host_offset: int, n_clusters: int) -> None:
-        """Check a run that is about to be handed out for writing in place, and remember that.
+    def trust(self, slice_offset: int, slice_words: int, index: int, host_offset: int, n_clusters: int) -> None:
+        """Check a run of clusters that is about to be handed out for writing in place, and remember that.
 
         Raises ImageCorruptError, as `check`.
         """
@@ -163,8 +163,9 @@ class OverlapGuard:
         if known is None:
             if len(self.trusted) >= _MOST_TRUSTED:
                 self.trusted.clear()
-            known = self.trusted[slice_offset] = bytearray(n_entries)
-        known[index : index + n_clusters] = b"\1" * n_clusters
+            known = self.trusted[slice_offset] = bytearray(slice_words)
+        n_words = n_clusters * self._node.mapping.words
+        known[index : index + n_words] = b"\1" * n_words
 
     def table_placed(self) -> None:
         """A table is about to take clusters that an entry may (wrongly) point at: all runs must be checked again."""

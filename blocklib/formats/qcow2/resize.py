@@ -169,7 +169,10 @@ def _shrink(node: Qcow2Node, size: int) -> None:
 
 
 def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> None:
-    """Give every unmapped cluster of [offset, end) a host cluster that reads as zero, and the file room for them."""
+    """Give every unmapped cluster of [offset, end) a host cluster that reads as zero, and the file room for them.
+
+    With extended L2 entries it is used by none of its subclusters: they read as before.
+    """
     geometry, mapping = node.geometry, node.mapping
     slice_bytes = mapping.slice_entries << geometry.cluster_bits
     file_end = node.file.size
@@ -191,32 +194,21 @@ def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> 
 
 
 def _map_all(node: Qcow2Node, offset: int, end: int, runs: list[tuple[int, int]]) -> None:
-    """Link a fresh host cluster to every unmapped cluster of one L2 slice; adds the runs that were taken to `runs`."""
+    """Give a fresh host cluster to every unmapped cluster of one L2 slice; adds the runs that were taken to `runs`."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = begin = mapping.index_in_slice(offset)
-    stop = index + ((end - offset) >> bits)
+    stop = index + ((end - offset) >> bits) * mapping.words
     while index < stop:
-        if table[index]:
-            index += 1
-            continue
-        n = _unmapped_run(table, index, stop)
-        if mapping.external:
-            mapping.link(slice_offset, table, index, (offset >> bits) - begin + index << bits, n)
-            index += n
-            continue
-        first, n = node.refcounts.allocate(n, for_data=True)
-        mapping.link(slice_offset, table, index, first << bits, n)
-        runs.append((first, n))
-        index += n
-
-
-def _unmapped_run(table: Table, index: int, stop: int) -> int:
-    """How many entries from `index`, which is unmapped, are."""
-    part = table[index:stop]
-    if part.tobytes() == bytes(len(part) * part.itemsize):
-        return len(part)
-    return next((i for i, entry in enumerate(part) if entry), len(part))
+        n = mapping.absent_run(table, index, stop)
+        if n and mapping.external:
+            place = offset + ((index - begin) // mapping.words << bits)
+            mapping.give_place(slice_offset, table, index, place, n)
+        elif n:
+            first, n = node.refcounts.allocate(n, for_data=True)
+            mapping.give_place(slice_offset, table, index, first << bits, n)
+            runs.append((first, n))
+        index += max(n, 1) * mapping.words
 
 
 def looks_preallocated(node: Qcow2Node) -> bool:

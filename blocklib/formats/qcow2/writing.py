@@ -5,7 +5,6 @@ Changes of the tables run under the image's lock, in memory only.  Nobody sees a
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING
 
 from blocklib.formats.qcow2 import layout
@@ -26,33 +25,33 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
     stop_cluster = node.allocations.wait_for(first, (offset + length + geometry.cluster_mask) >> bits)
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(offset)
-    stop = min(len(table), index + stop_cluster - first)
-    host_offset, n = mapping.in_place_run(table, index, stop)
-    ticket = None
+    length = min(length, ((stop_cluster - first) << bits) - in_cluster)
+    host_offset, n = mapping.in_place(table, offset, length)
     if n:
         if mapping.external:
-            mapping.check_external(host_offset | layout.FLAG_COPIED, first << bits)
-        node.guard.trust(slice_offset, len(table), index, host_offset, n)
+            mapping.check_external(host_offset - in_cluster | layout.FLAG_COPIED, first << bits)
+        n_clusters = (in_cluster + n + geometry.cluster_mask) >> bits
+        node.guard.trust(slice_offset, len(table), index, host_offset - in_cluster, n_clusters)
+        return node.data, host_offset, n, None
+    stop = min(len(table), index + (stop_cluster - first) * mapping.words)
+    host_offset, n = mapping.own_run(table, offset, stop)
+    preallocated = n > 0
+    if mapping.external:  # the place is the guest cluster's own, mapped or not
+        host_offset, n, preallocated = first << bits, n or mapping.new_run(table, offset, stop), True
+    elif preallocated:
+        node.guard.check(host_offset, n << bits, "guest data")
     else:
-        host_offset, n = mapping.preallocated_run(table, index, stop)
-        preallocated = n > 0
-        if mapping.external:  # the place is the guest cluster's own, mapped or not
-            host_offset, n, preallocated = first << bits, n or mapping.new_run(table, index, stop), True
-        elif preallocated:
-            node.guard.check(host_offset, n << bits, "guest data")
-        else:
-            host_cluster, n = node.refcounts.allocate(mapping.new_run(table, index, stop), for_data=True)
-            host_offset = host_cluster << bits
-        ticket = AllocationTicket(node, first, first + n, host_offset >> bits, preallocated=preallocated)
-        node.allocations.add(ticket)
+        host_cluster, n = node.refcounts.allocate(mapping.new_run(table, offset, stop), for_data=True)
+        host_offset = host_cluster << bits
     length = min(length, (n << bits) - in_cluster)
-    if ticket is not None:
-        used = (in_cluster + length + geometry.cluster_mask) >> bits
-        assert used == n
-        ticket.head = in_cluster
-        ticket.tail = (n << bits) - in_cluster - length
-        if mapping.external:  # a data file ends with the disk
-            ticket.tail = max(0, min(ticket.tail, node.size - offset - length))
+    ticket = AllocationTicket(node, first, first + n, host_offset >> bits, preallocated=preallocated)
+    start, end = mapping.cow_range(table, index, in_cluster, in_cluster + length, own=preallocated)
+    if mapping.external:  # a data file ends with the disk
+        end = max(in_cluster + length, min(end, node.size - (first << bits)))
+    ticket.start, ticket.end = start, end
+    ticket.head = in_cluster - start
+    ticket.tail = end - in_cluster - length
+    node.allocations.add(ticket)
     return node.data, host_offset + in_cluster, length, ticket
 
 
@@ -65,8 +64,10 @@ def link(node: Qcow2Node, ticket: AllocationTicket) -> None:
     def change() -> None:
         slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
         index = mapping.index_in_slice(offset)
-        lost = [] if ticket.preallocated else mapping.host_clusters_of(table[index : index + n])
-        mapping.link(slice_offset, table, index, ticket.host_cluster << node.geometry.cluster_bits, n)
+        words = mapping.words
+        lost = [] if ticket.preallocated else mapping.host_clusters_of(table[index : index + n * words : words])
+        host_offset = ticket.host_cluster << node.geometry.cluster_bits
+        mapping.link(slice_offset, table, index, host_offset, n, ticket.start, ticket.end)
         node.writeback.freed.extend(lost)
         node.allocations.remove(ticket)
 
@@ -106,25 +107,24 @@ def _forget(node: Qcow2Node, ticket: AllocationTicket) -> None:
             node.allocations.remove(ticket)
 
 
-def zero_part(node: Qcow2Node, offset: int) -> bool:
-    """Whether the cluster reads as zero already, or could be made a zero cluster because nothing else is in it.
+def zero_part(node: Qcow2Node, offset: int, length: int) -> bool:
+    """Whether part of a cluster reads as zero already, or could be made so because nothing else is in its way.
 
     Runs under the image's lock.
     """
     mapping = node.mapping
     first = offset >> node.geometry.cluster_bits
     node.allocations.wait_for_all(first, first + 1)
+    if offset + length == node.size:  # nothing else is in the last subcluster
+        length += -node.size % node.geometry.subcluster_size
     slice_offset = mapping.slice_at(offset)
-    entry = 0
+    before = 0, 0
     if slice_offset is not None:
-        entry = mapping.cache.need(slice_offset)[mapping.index_in_slice(offset)]
-    if entry & layout.FLAG_COMPRESSED:
+        before = mapping.entry_at(mapping.cache.need(slice_offset), mapping.index_in_slice(offset))
+    after = mapping.zeroed_part(*before, offset, length, shows_backing=node.has_backing)
+    if after is None:
         return False
-    if entry & layout.FLAG_ZERO:
-        return True
-    if entry & mapping.allocated_mask or node.has_backing:
-        return False
-    if node.header.version > layout.VERSION_2:
+    if after != before:
         slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
-        mapping.replace(slice_offset, table, mapping.index_in_slice(offset), array("Q", (layout.FLAG_ZERO,)))
+        mapping.set_entry(slice_offset, table, mapping.index_in_slice(offset), *after)
     return True

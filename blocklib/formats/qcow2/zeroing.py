@@ -6,14 +6,33 @@ All of them replace L2 entries and leave the host clusters to the write-back, wh
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blocklib.formats.qcow2 import data_file, layout
 from blocklib.formats.qcow2.tables import Table
 
 if TYPE_CHECKING:
+    from blocklib.formats.qcow2.mapping import Mapping
     from blocklib.formats.qcow2.node import Qcow2Node
+
+_TABLE_CLUSTERS = 1 << 15
+"""From this many clusters on, numpy is worth importing: the same as for block status."""
+
+
+class Erasure(NamedTuple):
+    """What becomes of L2 entries whose clusters lose their content."""
+
+    keeps: Literal["all", "own", "none"]
+    """Which plain host clusters stay with their entries, to be written again later, while the guest reads zeroes: all, or
+    those that nothing else refers to."""
+    zero: bool
+    """What does not stay reads as zero; otherwise it is absent."""
+    spares_absent: bool
+    """Entries without a host cluster stay as they are."""
+
+
+_FORGET = Erasure("none", zero=False, spares_absent=False)
+
 
 def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> None:
     """Make whole clusters read as zero.  With `unmap` their host clusters are given back, otherwise kept.
@@ -22,20 +41,13 @@ def zero_range(node: Qcow2Node, offset: int, length: int, *, unmap: bool) -> Non
     """
     if node.header.version == layout.VERSION_2:
         # An absent cluster is the only zero there is; the node offers this only where nothing lies below.
-        _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+        _each_slice(node, offset, length, _FORGET, skip_unmapped=True)
         return
-
     keep = _keeps_clusters(node)
-    placed = node.mapping.allocated_mask
-
-    def choose(entry: int) -> int:
-        has_cluster = entry & placed and not entry & layout.FLAG_COMPRESSED
-        stays = has_cluster and (not unmap or (keep and _is_own(entry, placed)))
-        return entry | layout.FLAG_ZERO if stays else layout.FLAG_ZERO
-
+    erasure = Erasure(("own" if keep else "none") if unmap else "all", zero=True, spares_absent=False)
     data_file.before_zeroing(node, offset, length, unmap=unmap)
     # Not even an image without a backing file leaves them out: it may be given one.
-    _each_slice(node, offset, length, choose, skip_unmapped=False, punch=unmap and keep and node.punches_holes)
+    _each_slice(node, offset, length, erasure, skip_unmapped=False, punch=unmap and keep and node.punches_holes)
     if unmap:
         data_file.after_unmapping(node, offset, length)
 
@@ -48,25 +60,18 @@ def discard_range(node: Qcow2Node, offset: int, length: int) -> None:
     shows_backing = node.has_backing
     if node.header.version == layout.VERSION_2:
         if not shows_backing:
-            _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+            _each_slice(node, offset, length, _FORGET, skip_unmapped=True)
         return
-
     keep = _keeps_clusters(node)
-    placed = node.mapping.allocated_mask
-
-    def choose(entry: int) -> int:
-        if keep and _is_own(entry, placed):
-            return entry | layout.FLAG_ZERO
-        return layout.FLAG_ZERO if shows_backing or entry & (layout.FLAG_COMPRESSED | placed) else entry
-
+    erasure = Erasure("own" if keep else "none", zero=True, spares_absent=not shows_backing)
     data_file.before_zeroing(node, offset, length, unmap=True)
-    _each_slice(node, offset, length, choose, skip_unmapped=not shows_backing, punch=keep and node.punches_holes)
+    _each_slice(node, offset, length, erasure, skip_unmapped=not shows_backing, punch=keep and node.punches_holes)
     data_file.after_unmapping(node, offset, length)
 
 
 def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
     """Unmap whole clusters, and the L2 tables that map nothing else; the caller has drained the node."""
-    _each_slice(node, offset, length, lambda _entry: 0, skip_unmapped=True)
+    _each_slice(node, offset, length, _FORGET, skip_unmapped=True)
     mapping = node.mapping
     shift = node.geometry.l1_shift
     first = -(-offset >> shift)
@@ -95,15 +100,15 @@ def _keeps_clusters(node: Qcow2Node) -> bool:
     return bool(node.options.get("discard-no-unref"))
 
 
-def _is_own(entry: int, placed: int) -> bool:
+def is_own(entry: int, placed: int) -> bool:
     """Whether an entry has a whole host cluster (any of the bits `placed`) that nothing else refers to."""
     return bool(entry & layout.FLAG_COPIED and entry & placed and not entry & layout.FLAG_COMPRESSED)
 
 
 def _each_slice(
-    node: Qcow2Node, offset: int, length: int, choose: Callable[[int], int], *, skip_unmapped: bool, punch: bool = False
+    node: Qcow2Node, offset: int, length: int, erasure: Erasure, *, skip_unmapped: bool, punch: bool = False
 ) -> None:
-    """Replace the L2 entries of a range by what `choose` makes of each, one L2 slice at a time.
+    """Erase the L2 entries of a range, one L2 slice at a time.
 
     With `punch`, the host gets the space of the clusters that are the range's own afterwards.
     """
@@ -112,12 +117,15 @@ def _each_slice(
     mapping = node.mapping
     slice_bytes = mapping.slice_entries << node.geometry.cluster_bits
     end = node.geometry.round_up(offset + length)
+    as_tables = length >> node.geometry.cluster_bits >= _TABLE_CLUSTERS
     while offset < end:
         if skip_unmapped and node.retry(lambda offset=offset: mapping.slice_at(offset)) is None:  # type: ignore[misc]
             offset += mapping.unmapped_length(offset, min(end, node.geometry.round_up(node.size)) - offset)
             continue
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
-        kept = node.retry(lambda offset=offset, stop=stop: _change(node, offset, stop, choose, punch=punch))  # type: ignore[misc]
+        kept = node.retry(
+            lambda offset=offset, stop=stop: _change(node, offset, stop, erasure, punch=punch, as_tables=as_tables)  # type: ignore[misc]
+        )
         # At once: whether the old entries or the new ones survive a crash, the range reads as zero.
         for first, n in kept:
             node.punch(first, n)
@@ -126,28 +134,61 @@ def _each_slice(
 
 
 def _change(
-    node: Qcow2Node, offset: int, end: int, choose: Callable[[int], int], *, punch: bool
+    node: Qcow2Node, offset: int, end: int, erasure: Erasure, *, punch: bool, as_tables: bool
 ) -> list[tuple[int, int]]:
     """Returns the runs of host clusters to be punched."""
     mapping, bits = node.mapping, node.geometry.cluster_bits
-    placed = mapping.allocated_mask
     node.allocations.wait_for_all(offset >> bits, end >> bits)
     slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(offset)
-    before = table[index : index + ((end - offset) >> bits)]
-    after = _chosen(before, choose)
-    lost = [
-        old
-        for old, new in zip(before, after, strict=True)
-        if old & (layout.FLAG_COMPRESSED | placed) and (old & layout.FLAG_COMPRESSED or not new & placed)
-    ]
-    freed = mapping.host_clusters_of(lost)  # may raise: nothing has changed yet
+    before = table[index : index + ((end - offset) >> bits) * mapping.words]
+    freed: list[tuple[int, int]] = []
+    kept: list[tuple[int, int]] = []
+    if before.tobytes() == bytes(len(before) * before.itemsize):
+        after = _erased_absent(mapping, len(before), erasure)
+    elif as_tables:
+        from blocklib.formats.qcow2.zeroing_table import erased
+
+        after, freed, kept = erased(mapping, before, erasure, tell_kept=punch)
+    else:
+        after, freed, kept = _erased(mapping, before, erasure, tell_kept=punch)
+    # Anything that raises has done so by now, and nothing has changed yet.
     mapping.replace(slice_offset, table, index, after)
     node.writeback.freed.extend(freed)
-    return mapping.host_clusters_of([entry for entry in after if _is_own(entry, placed)]) if punch else []
+    return kept
 
 
-def _chosen(entries: Table, choose: Callable[[int], int]) -> Table:
-    if entries.tobytes() == bytes(len(entries) * entries.itemsize):
-        return array("Q", (choose(0),)) * len(entries)
-    return array("Q", map(choose, entries))
+def _erased_absent(mapping: Mapping, n_words: int, erasure: Erasure) -> Table:
+    """What `n_words` that are all zero become."""
+    if not erasure.zero or erasure.spares_absent:
+        return array("Q", (0,)) * n_words
+    return array("Q", (mapping.zero_flag, mapping.zero_bitmap)[: mapping.words]) * (n_words // mapping.words)
+
+
+def _erased(
+    mapping: Mapping, words: Table, erasure: Erasure, *, tell_kept: bool
+) -> tuple[Table, list[tuple[int, int]], list[tuple[int, int]]]:
+    """(the entries afterwards, runs of host clusters that lose a reference, and of those of the range's own that stay).
+
+    `zeroing_table.erased` is the same for many.
+    """
+    step, placed = mapping.words, mapping.allocated_mask
+    reference = placed | layout.FLAG_COMPRESSED
+    after = words[:]
+    lost, own = [], []
+    for index in range(0, len(words), step):
+        entry = words[index]
+        is_plain = entry & placed and not entry & layout.FLAG_COMPRESSED
+        if is_plain and (erasure.keeps == "all" or (erasure.keeps == "own" and is_own(entry, placed))):
+            after[index] = entry & ~layout.FLAG_ZERO | mapping.zero_flag
+            if is_own(entry, placed):
+                own.append(entry)
+        elif erasure.spares_absent and not entry & reference:
+            continue
+        else:
+            after[index] = mapping.zero_flag if erasure.zero else 0
+            if entry & reference:
+                lost.append(entry)
+        if step > 1:
+            after[index + 1] = mapping.zero_bitmap if erasure.zero else 0
+    return after, mapping.host_clusters_of(lost), mapping.host_clusters_of(own) if tell_kept else []
