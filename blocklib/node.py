@@ -364,6 +364,25 @@ class Node:
         """Forget a snapshot.  Raises NameNotFoundError, ImageError."""
         raise self._incapable("given internal snapshots")
 
+    def read_vm_state(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the state of a virtual machine that is kept beside the disk.
+
+        Raises StorageError (ENOTSUP) where there is no place for one.
+        """
+        raise self._no_vm_state("read")
+
+    def write_vm_state(self, offset: int, data: memoryview) -> None:
+        """Keep `data` there.  The caller has drained the node and holds `resizing`.  Raises StorageError (ENOTSUP)."""
+        raise self._no_vm_state("write")
+
+    def _no_vm_state(self, operation: str) -> StorageError:
+        return StorageError(
+            f"{self.filename or self.name}: there is no place for the state of a virtual machine in {self.driver}",
+            errno=errno.ENOTSUP,
+            operation=operation,
+            node=self.name,
+        )
+
     def make_empty(self) -> None:
         """Forget all data, so that the backing file shows through again; the caller has drained the node."""
         raise self._incapable("emptied")

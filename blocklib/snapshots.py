@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from operator import index
 from typing import TYPE_CHECKING
 
 from blocklib import graph
-from blocklib.errors import NameNotFoundError, ReadOnlyError, UsageError
+from blocklib.errors import NameNotFoundError, OutOfRangeError, ReadOnlyError, UsageError
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
@@ -128,9 +129,37 @@ class Snapshots(Collection["InternalSnapshot"]):
     def __repr__(self) -> str:
         return f"<Snapshots: {', '.join(repr(snapshot.name) for snapshot in self) or 'none'}>"
 
+    def read_vm_state(self, offset: int, length: int) -> bytes:
+        """The state of a virtual machine that the present state of the image has behind the end of the disk.
+
+        It has no length of its own: what was never written reads as zero.  Of a disk that was opened as a snapshot, that
+        snapshot's.  Raises StorageError (ENOTSUP) where the format has no place for it.
+        """
+        offset, length = index(offset), index(length)
+        _check_range(offset, length)
+        buffer = bytearray(length)
+        with graph.drained(self._disk.node):
+            self._disk.node.read_vm_state(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def write_vm_state(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put the state of a virtual machine behind the end of the disk, for the next snapshot to keep.
+
+        Raises ReadOnlyError, ImageLimitError, StorageError (ENOTSUP) where the format has no place for it.
+        """
+        offset = index(offset)
+        _check_range(offset, 0)
+        with _changeable(self._disk) as node:
+            node.write_vm_state(offset, memoryview(data).cast("B"))
+
     def _not_found(self, what: str) -> NameNotFoundError:
         node = self._disk.node
         return NameNotFoundError(f"{node.filename or node.name}: there is no snapshot with {what}", node=node.name)
+
+
+def _check_range(offset: int, length: int) -> None:
+    if offset < 0 or length < 0:
+        raise OutOfRangeError(f"{length} bytes at {offset} of a VM state")
 
 
 @contextmanager

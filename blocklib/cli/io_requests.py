@@ -27,6 +27,7 @@ MAX_REQUEST = (1 << 31) - 512
 """Bytes of the largest request that qemu-io makes."""
 _DEFAULT_PATTERN = 0xCD
 _PIECE = 1 << 16
+_SECTOR = 512
 _PREALLOCATION_MODES: tuple[Preallocation, ...] = ("off", "metadata", "falloc", "full")
 _DIGITS = {8: "01234567", 10: "0123456789", 16: "0123456789abcdef"}
 
@@ -39,7 +40,7 @@ FUA = Option(("-f",), None, "make the data durable before the command ends (forc
 ZEROES = Option(("-z",), None, "write zeroes, without sending them where the image can do that")
 UNMAP = Option(("-u",), None, "with -z: give the space back")
 INVALID = Option(("-i",), None, "only pretend to make a request that is refused")
-VM_STATE = Option(("-b",), None, "use the VM state instead of the disk (not supported)")
+VM_STATE = Option(("-b",), None, "use the VM state instead of the disk, in whole sectors")
 IGNORED = Option(("-p",), None, "ignored")
 READ = (
     VM_STATE,
@@ -123,7 +124,14 @@ def _refuse(given: Given, reasons: Sequence[tuple[str, str]]) -> None:
             raise Failure(f"{flag}: {reason}")
 
 
-_NO_VM_STATE = ("-b", "access to the VM state is not supported")
+def _check_vm_state(given: Given, offset: int, length: int) -> None:
+    """Raises Failure for what cannot be done with the VM state."""
+    for option in ("-z", "-f"):
+        if given.has(option):
+            raise Failure(f"-b and {option} exclude each other")
+    for what, value in (("offset", offset), ("length", length)):
+        if value % _SECTOR:
+            raise Failure(f"-b: the {what}, {value}, is no multiple of {_SECTOR}")
 
 
 # -- making a request -------------------------------------------------------------------------------------------------
@@ -155,7 +163,6 @@ def _report(shell: Shell, given: Given, verb: str, offset: int, length: int, sec
 
 
 def read(shell: Shell, given: Given) -> bool:
-    _refuse(given, (_NO_VM_STATE,))
     if given.last("-P") is None and (given.has("-s") or given.has("-l")):
         raise UsageFailure("-s and -l need -P")
     offset, length = _range(given)
@@ -164,6 +171,8 @@ def read(shell: Shell, given: Given) -> bool:
     count = size(given.last("-l") or str(max(0, length - start)))
     if start + count > length:
         raise Failure("the bytes to be verified reach beyond those that are read")
+    if given.has("-b"):
+        _check_vm_state(given, offset, length)
     return _read(shell, given, "read", offset, length, start, count)
 
 
@@ -187,7 +196,14 @@ def _read(shell: Shell, given: Given, label: str, offset: int, length: int, star
     pattern = _pattern(given)
     disk = shell.need_disk()
     buffer = shell.buffer(length)
-    seconds = _seconds(shell, label, lambda: disk.readinto(offset, buffer))
+
+    def request() -> None:
+        if given.has("-b"):
+            buffer[:] = disk.snapshots.read_vm_state(offset, length)
+        else:
+            disk.readinto(offset, buffer)
+
+    seconds = _seconds(shell, label, request)
     if seconds is None:
         return False
     holds = pattern is None or _is_filled(buffer[start : start + count], pattern)
@@ -213,7 +229,7 @@ def _is_filled(view: memoryview, byte: int) -> bool:
 
 
 def write(shell: Shell, given: Given) -> bool:
-    _refuse(given, (_NO_VM_STATE, ("-c", "compressed writes are not supported")))
+    _refuse(given, (("-c", "compressed writes are not supported"),))
     zeroes = given.has("-z")
     if sum((zeroes, given.has("-P"), given.has("-s"))) > 1:
         raise UsageFailure("-z, -P and -s exclude each other")
@@ -222,6 +238,8 @@ def write(shell: Shell, given: Given) -> bool:
     offset, length = _range(given)
     if not given.has("-n"):
         _check_length(length)
+    if given.has("-b"):
+        _check_vm_state(given, offset, length)
     if zeroes:
         return _write_zeroes(shell, given, "write", offset, length)
     return _write(shell, given, "write", offset, length)
@@ -249,8 +267,14 @@ def aio_write(shell: Shell, given: Given) -> bool:
 def _write(shell: Shell, given: Given, label: str, offset: int, length: int) -> bool:
     disk = shell.need_disk()
     data = _data(shell, given, length)
-    fua = given.has("-f")
-    return _written(shell, given, label, offset, length, lambda: disk.write(offset, data, fua=fua))
+
+    def request() -> None:
+        if given.has("-b"):
+            disk.snapshots.write_vm_state(offset, data)
+        else:
+            disk.write(offset, data, fua=given.has("-f"))
+
+    return _written(shell, given, label, offset, length, request)
 
 
 def _write_zeroes(shell: Shell, given: Given, label: str, offset: int, length: int) -> bool:

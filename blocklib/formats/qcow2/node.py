@@ -468,6 +468,16 @@ class Qcow2Node(Node):
 
         snapshot_changes.delete(self, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
 
+    def read_vm_state(self, offset: int, view: memoryview) -> None:
+        from blocklib.formats.qcow2 import vm_state
+
+        vm_state.read(self, offset, view)
+
+    def write_vm_state(self, offset: int, data: memoryview) -> None:
+        from blocklib.formats.qcow2 import vm_state
+
+        vm_state.write(self, offset, data)
+
     # -- whole images -------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -29,7 +29,7 @@ def reach(node: Qcow2Node, size: int) -> None:
         return
     _check_size(node, size)
     _refuse_for_snapshots(node, size)
-    _lengthen_l1(node, node.geometry.l1_entries_for(size))
+    lengthen_l1(node, node.geometry.l1_entries_for(size))
     _forget_vm_state(node, size)
     node.size = size
 
@@ -82,7 +82,7 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
     if size < old_size:
         _shrink(node, size)
     elif size > old_size:
-        _lengthen_l1(node, node.geometry.l1_entries_for(size))
+        lengthen_l1(node, node.geometry.l1_entries_for(size))
         if data_file.is_external(node.header):
             data_file.grow(node, old_size, size, preallocation)
             if preallocation == "off" and data_file.is_raw(node.header):
@@ -109,11 +109,15 @@ def _check_size(node: Qcow2Node, size: int) -> None:
         )
 
 
-def _lengthen_l1(node: Qcow2Node, entries: int) -> None:
+def lengthen_l1(node: Qcow2Node, entries: int, *, used: bool = False) -> None:
+    """Make room for `entries` L1 entries.  With `used` the header counts them all, not only those that the disk needs."""
     geometry, mapping = node.geometry, node.mapping
     with node.writeback.structure:
         node.writeback.flush()
         if entries <= len(mapping.l1):
+            if used:
+                node.header.l1_size = max(node.header.l1_size, entries)
+                _rewrite_header(node)
             return
         new_l1, new_offset = _write_longer_l1(node, entries)
         replaced = node.refcounts.l1_clusters
@@ -121,6 +125,8 @@ def _lengthen_l1(node: Qcow2Node, entries: int) -> None:
         clusters = geometry.l1_clusters_for(len(new_l1))
         node.refcounts.l1_clusters = new_offset >> geometry.cluster_bits, clusters
         node.header.l1_table_offset = new_offset
+        if used:
+            node.header.l1_size = max(node.header.l1_size, entries)
         _rewrite_header(node)
         with node.lock:
             node.writeback.freed.append(replaced)
@@ -160,7 +166,8 @@ def _shrink(node: Qcow2Node, size: int) -> None:
     geometry = node.geometry
     with node.writeback.structure:
         keep = geometry.round_up(size)
-        forget_range(node, keep, geometry.round_up(node.size) - keep)
+        # To the end of the table: a VM state has its place behind the disk, and moves with its end.
+        forget_range(node, keep, (len(node.mapping.l1) << geometry.l1_shift) - keep)
         node.writeback.flush()
         node.size = size
         _rewrite_header(node)

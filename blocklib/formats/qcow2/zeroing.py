@@ -77,7 +77,7 @@ def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
     first = -(-offset >> shift)
     stop = min((offset + length) >> shift, len(mapping.l1))
     if offset + length >= node.geometry.round_up(node.size):
-        stop = len(mapping.l1)  # nothing lies behind: the last table goes, however little of the disk it maps
+        stop = node.geometry.l1_entries_for(offset + length)  # the last table goes, however little of the disk it maps
     for l1_index in range(first, stop):
         node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
 
@@ -120,7 +120,8 @@ def _each_slice(
     as_tables = length >> node.geometry.cluster_bits >= _TABLE_CLUSTERS
     while offset < end:
         if skip_unmapped and node.retry(lambda offset=offset: mapping.slice_at(offset)) is None:  # type: ignore[misc]
-            offset += mapping.unmapped_length(offset, min(end, node.geometry.round_up(node.size)) - offset)
+            known = len(mapping.l1) << node.geometry.l1_shift  # what lies behind the disk may be a VM state
+            offset += mapping.unmapped_length(offset, min(end, known) - offset)
             continue
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
         kept = node.retry(
