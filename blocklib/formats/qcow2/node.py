@@ -170,8 +170,6 @@ class Qcow2Node(Node):
         id, name = self.options.get("snapshot.id"), self.options.get("snapshot.name")
         if id is None and name is None:
             return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
-        if not self.read_only:
-            raise UsageError(f"{self.filename}: a snapshot can only be read", node=self.filename)
         from blocklib.formats.qcow2.snapshot_changes import load_l1, snapshot_size
 
         index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
@@ -215,6 +213,8 @@ class Qcow2Node(Node):
 
     def _refuse_what_cannot_be_written(self) -> None:
         header = self.header
+        if self.options.get("snapshot.id") is not None or self.options.get("snapshot.name") is not None:
+            raise UsageError(f"{self.filename}: a snapshot can only be read", node=self.filename)
         if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT:
             raise ImageCorruptError(
                 f"{self.filename}: the image is marked corrupt and must be repaired before it is written",

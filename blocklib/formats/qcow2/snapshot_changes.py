@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from blocklib.errors import ImageCorruptError, ImageLimitError, UnsupportedFeatureError
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.create import SIZE_UNIT
+from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L2, REFCOUNT_BLOCK
 from blocklib.formats.qcow2.snapshots import Snapshot, checked_name, extra_data, new_id, table_bytes
 from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
-from blocklib.formats.qcow2.tally import Tally, Write, tally_for
+from blocklib.formats.qcow2.tally import Tally, Write, l2_offsets, tally_for
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -61,7 +63,7 @@ def create(
         l1 = node.mapping.l1[: node.header.l1_size]
         tally = tally_for(node, [l1])(node, +1)
         tally.add_l1(l1)
-        tally.check()
+        change.check(tally, l1)
         copy = array("Q", [item & ~layout.FLAG_COPIED for item in l1])
         entry = entry._replace(l1_offset=change.place(table_to_bytes(copy)))
         change.place_table([*node.snapshots, entry])
@@ -86,10 +88,10 @@ def apply(node: Qcow2Node, index: int) -> None:
         kind = tally_for(node, [old_l1, new_l1])
         gained, lost = kind(node, +1), kind(node, -1)
         gained.add_l1(new_l1)
-        gained.check()
         lost.add_l1(old_l1)
         lost.add_run(*node.active_l1_clusters())
-        lost.check()
+        change.check(gained, new_l1)
+        change.check(lost, array("Q"))
         clear = array("Q", [item & ~layout.FLAG_COPIED for item in new_l1])
         offset = change.place(table_to_bytes(clear))
         # Counts that are too high leak, no more: the dirty bit can wait for the switch.
@@ -118,7 +120,7 @@ def delete(node: Qcow2Node, index: int) -> None:
         tally.add_l1(l1)
         geometry = node.geometry
         tally.add_run(entry.l1_offset >> geometry.cluster_bits, geometry.l1_clusters_for(entry.l1_size))
-        tally.check()
+        change.check(tally, active)
         change.place_table([*node.snapshots[:index], *node.snapshots[index + 1 :]])
         change.switch(still_dirty=True)
         change.write(tally.block_writes())
@@ -182,7 +184,6 @@ def _changing(node: Qcow2Node) -> Iterator[_Change]:
             change.undo()
             raise
         change.free_old_table()
-        node.writeback.finish()
 
 
 class _Change:
@@ -196,6 +197,26 @@ class _Change:
         """Something is written that the state before does not know of."""
         self._was_dirty = bool(node.header.incompatible_features & layout.INCOMPATIBLE_DIRTY)
         self._old_table = node.header.snapshots_offset, sum(entry.length for entry in node.snapshots)
+
+    def check(self, tally: Tally, l1: Table) -> None:
+        """Raises ImageError, with nothing written, where counts or copied flags cannot be changed as they have to be.
+
+        `l1`: whose L2 tables may have other flags afterwards.
+        """
+        node, geometry = self._node, self._node.geometry
+        tally.check()
+        guard = node.guard
+        if not guard.kinds:
+            return
+
+        def check() -> None:
+            for offset in tally.block_offsets():
+                guard.check(offset, geometry.cluster_size, "a refcount block", REFCOUNT_BLOCK)
+            for offset in l2_offsets(l1, geometry.cluster_mask, node.file.size, node.filename):
+                guard.check(offset, geometry.cluster_size, "an L2 table", ACTIVE_L2 | INACTIVE_L2)
+            guard.check(node.mapping.l1_offset, len(node.mapping.l1) * 8, "the L1 table", ACTIVE_L1)
+
+        node.retry(check)
 
     def place(self, data: bytes) -> int:
         """Write `data` to clusters of its own; returns their host offset, 0 where there is nothing to write."""
@@ -225,14 +246,8 @@ class _Change:
 
     def begin(self) -> None:
         """Say on disk that counts and flags cannot be relied on from now on."""
-        header = self._node.header
         self._start()
-        after = header.nb_snapshots, header.snapshots_offset
-        header.nb_snapshots, header.snapshots_offset = len(self._node.snapshots), self._old_table[0]
-        self._set_dirty(True)
-        self._node.rewrite_header()
-        self._node.writeback.barrier()
-        header.nb_snapshots, header.snapshots_offset = after
+        change_features(self._node, add=layout.INCOMPATIBLE_DIRTY)
 
     def write(self, writes: Iterable[Write]) -> None:
         """Write what the order of the change allows now; durable with the next switch."""
@@ -286,10 +301,12 @@ class _Change:
             node.mapping.l1, node.mapping.l1_offset = l1, header.l1_table_offset
             node.refcounts.l1_clusters = node.active_l1_clusters()
             node.snapshots = self._snapshots
+            node.guard.table_placed()
             node.size = header.size // SIZE_UNIT * SIZE_UNIT
+        node.guard.refresh()
 
     def free_old_table(self) -> None:
-        """Give back the clusters of the table that the header does not point at any more."""
+        """Give back, with the next flush, the clusters of the table that the header does not point at any more."""
         node, geometry = self._node, self._node.geometry
         offset, length = self._old_table
         if length and offset != node.header.snapshots_offset:

@@ -142,6 +142,11 @@ class Tally:
         for index in sorted(touched):
             yield self._table[index], table_to_bytes(self._blocks[index])
 
+    def block_offsets(self) -> list[int]:
+        """Host offsets of the refcount blocks that change; `check` has passed."""
+        block_bits = self._geometry.refcount_block_bits
+        return [self._table[index] for index in sorted({cluster >> block_bits for cluster in self._changes})]
+
     def _refuse_outside(self, cluster: int) -> None:
         """Raises ImageCorruptError for a cluster behind the end of the file: arrays are as long as their last index."""
         if cluster >= self._geometry.clusters_for(self._file.size):

@@ -112,6 +112,9 @@ class TableTally(Tally):
 
     # -- counts -------------------------------------------------------------------------------------------------------
 
+    def block_offsets(self) -> list[int]:
+        return [self._table[index] for index in sorted(self._sums)]
+
     def check(self) -> None:
         super().check()
         self._arrays.clear()
