@@ -120,10 +120,10 @@ class _TableReader:
         name_start = id_start + id_length
         end = name_start + name_length
         self._need(index, end)
-        self._position = _padded(end)
-        if self._position > layout.MAX_SNAPSHOT_TABLE_BYTES:
+        if _padded(end) > layout.MAX_SNAPSHOT_TABLE_BYTES:
             expected = f"a table of at most {layout.MAX_SNAPSHOT_TABLE_BYTES} bytes"
-            raise self._bad(index, expected, f"{self._position} bytes", ImageLimitError)
+            raise self._bad(index, expected, f"{_padded(end)} bytes", ImageLimitError)
+        self._position = _padded(end)
         data = self._data
         return Snapshot(
             l1_offset,
