@@ -67,7 +67,7 @@ if TYPE_CHECKING:
         RepairStep,
         SnapshotInfo,
     )
-    from blocklib.verbs import check, commit, compare, convert, measure, rebase, repair
+    from blocklib.verbs import amend, check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {
     "Bitmap": "bitmaps",
@@ -104,7 +104,7 @@ _PLACES = {
         "reports",
     ),
     **dict.fromkeys(
-        ("check", "commit", "compare", "convert", "measure", "rebase", "repair"), "verbs"
+        ("amend", "check", "commit", "compare", "convert", "measure", "rebase", "repair"), "verbs"
     ),
 }
 
@@ -177,6 +177,7 @@ __all__ = [
     "TiB",
     "UnsupportedFeatureError",
     "UsageError",
+    "amend",
     "check",
     "commit",
     "compare",

@@ -391,6 +391,22 @@ class Node:
         """Name another backing file, as it is to be stored; durable on return.  Raises UsageError for a name too long."""
         raise self._incapable("given a backing file")
 
+    def check_amend(self, options: Mapping[str, Any]) -> None:
+        """Raises an error, with nothing changed, where the image cannot become what checked amend `options` say.
+
+        The caller has drained the node.
+        """
+        raise self._incapable("amended")
+
+    def amend(
+        self, options: Mapping[str, Any], *, force: bool = False, progress: Callable[[int, int], object] | None = None
+    ) -> None:
+        """Make the changes that `check_amend` has accepted, all but the size; durable on return.
+
+        `force` allows what locks everybody out.  The caller has drained the node.
+        """
+        raise self._incapable("amended")
+
     @classmethod
     def _incapable(cls, participle: str) -> UnsupportedFeatureError:
         return UnsupportedFeatureError(f"images of the format {cls.driver} cannot be {participle}", features=(participle,))

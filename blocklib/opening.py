@@ -112,11 +112,14 @@ def open_disk(
     detect_zeroes: DetectZeroes = "off",
     force_share: bool = False,
     backing: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
-    data_file: Disk | Mapping[str, OptionValue] | FromImage = FROM_IMAGE,
+    data_file: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
     options: Mapping[str, OptionValue] | None = None,
     guess_raw: bool = False,
 ) -> Disk:
-    """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image."""
+    """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image.
+
+    ``data_file=None`` opens no data file, for who changes nothing but metadata.
+    """
     if mode not in ("r", "r+"):
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
     check_references(references)
@@ -132,7 +135,7 @@ def open_disk(
         if "backing" in spec:
             raise OptionError("the backing node is given twice: in the target and as backing=", option="backing")
         spec["backing"] = cast("Any", backing)
-    if not isinstance(data_file, FromImage):
+    if data_file is not None and not isinstance(data_file, FromImage):
         if "data-file" in spec:
             raise OptionError("the data file is given twice: in the target and as data_file=", option="data-file")
         spec["data-file"] = cast("Any", data_file)
@@ -143,7 +146,7 @@ def open_disk(
             "where references are allowed, format= must be given: a guessed image could name any file of this host"
         )
     _refuse_contradiction(spec, mode)
-    builder = _Builder(references, limits or Limits(), guess_raw=guess_raw)
+    builder = _Builder(references, limits or Limits(), guess_raw=guess_raw, with_data_file=data_file is not None)
     try:
         node = builder.build(spec, path, read_only=mode == "r", inherited={})
         _refuse_equal_names(node)
@@ -260,12 +263,19 @@ class _Builder:
     """Opens one chain.  `nodes` are the nodes made so far, each after its children."""
 
     def __init__(
-        self, references: References, limits: Limits, *, guess_raw: bool = False, metadata_only: bool = False
+        self,
+        references: References,
+        limits: Limits,
+        *,
+        guess_raw: bool = False,
+        metadata_only: bool = False,
+        with_data_file: bool = True,
     ) -> None:
         self._references = references
         self._limits = limits
         self._guess_raw = guess_raw
         self._metadata_only = metadata_only
+        self._with_data_file = with_data_file
         self.nodes: list[Node] = []
 
     def release(self) -> None:
@@ -313,7 +323,8 @@ class _Builder:
         node = self._format(driver, options, file_node, read_only=read_only, guessed=guessed)
         if not self._metadata_only:
             policy = references if references is not None else self._references
-            self._open_data_file(node, options, passed_down, above, policy, guessed=guessed)
+            if self._with_data_file:
+                self._open_data_file(node, options, passed_down, above, policy, guessed=guessed)
             self._open_backing(node, options, passed_down, above, policy, guessed=guessed)
         return node
 

@@ -27,6 +27,7 @@ def _waited_for(start: Callable[P, Job[R]]) -> Callable[P, R]:
     return verb
 
 
+amend = _waited_for(jobs.amend)
 check = _waited_for(jobs.check)
 commit = _waited_for(jobs.commit)
 compare = _waited_for(jobs.compare)

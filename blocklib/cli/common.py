@@ -131,11 +131,12 @@ def open_image(
     share: bool = True,
     alone: bool = False,
     snapshot: Mapping[str, str] | None = None,
+    with_data_file: bool = True,
 ) -> Disk:
     """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
 
     Without `share`, -U is for other images of the command line.  `alone`: without what is below it.  `snapshot`: options
-    that name the snapshot to be read.
+    that name the snapshot to be read.  Without `with_data_file`, only metadata is going to be touched.
     """
     from blocklib.opening import FROM_IMAGE, open_disk
 
@@ -150,6 +151,7 @@ def open_image(
         discard=discard,
         force_share=share and given.has("-U"),
         backing=None if alone else FROM_IMAGE,
+        data_file=FROM_IMAGE if with_data_file else None,
         options=snapshot,
     )
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 COMMANDS = {
+    "amend": "change options that an image was made with",
     "check": "look for damage and leaked clusters, and repair them",
     "commit": "write what an image holds into one below it",
     "compare": "tell whether two images read the same",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blocklib.jobs.amend import amend
 from blocklib.jobs.check import check, repair
 from blocklib.jobs.commit import commit
 from blocklib.jobs.compare import compare
@@ -16,6 +17,7 @@ __all__ = [
     "JobEvents",
     "JobStatus",
     "ProgressCallback",
+    "amend",
     "check",
     "commit",
     "compare",

@@ -90,7 +90,7 @@ def _own_names(driver: str, known: Mapping[str, Option], options: Mapping[str, A
         if name in known:
             given[name] = value
         elif not _asks_for_nothing(driver, name, value, known, table):
-            raise _unknown(driver, name, known)
+            raise _unknown(driver, name, known, table)
     return given | children
 
 
@@ -105,7 +105,7 @@ def _asks_for_nothing(driver: str, name: str, value: Any, known: Mapping[str, Op
         if name == feature and _text(value) in _NOTHING:
             return True
         if name == feature or name.startswith(feature + "."):
-            verb = "opening" if table == "open" else "creating"
+            verb = {"open": "opening", "create": "creating", "amend": "amending"}[table]
             raise UnsupportedFeatureError(
                 f"{driver}: {verb} an image with the option {name!r} is not supported",
                 features=(feature,),
@@ -116,13 +116,26 @@ def _asks_for_nothing(driver: str, name: str, value: Any, known: Mapping[str, Op
     return False
 
 
-def _unknown(driver: str, name: str, known: Mapping[str, Option]) -> OptionError:
+def _unknown(driver: str, name: str, known: Mapping[str, Option], table: Table) -> OptionError:
+    if table == "amend" and name.partition(".")[0] in _created_with(driver):
+        raise OptionError(
+            f"{driver}: the option {name!r} is for new images; it cannot be amended",
+            option=name,
+            driver=driver,
+            choices=sorted(known),
+        )
     from difflib import get_close_matches
 
     choices = sorted(known)
     near = get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(choices)}"
     return OptionError(f"{driver} has no option {name!r}; {hint}", option=name, driver=driver, choices=choices)
+
+
+def _created_with(driver: str) -> set[str]:
+    """The names, without their parts, of the options that only creating an image knows."""
+    names = {*options_of(driver, "create"), *NOT_SUPPORTED.get(("create", driver), ())}
+    return {name.partition(".")[0] for name in names}
 
 
 def _text(value: Any) -> str:
@@ -237,7 +250,8 @@ def describe_options(driver: str, table: Table = "create", *, protocol: str | No
     options = options_of(driver, table)
     if protocol is not None:
         options = options_of(protocol, table) | options
-    lines = ["Supported options:" if protocol is not None else f"Supported {driver} options:"]
+    title = "Supported options:" if protocol is not None else f"Supported {driver} options:"
+    lines = [f"Amend options for '{driver}':" if table == "amend" else title]
     for name in sorted(options):
         option = options[name]
         shown = f"{name}=<{_TYPE_SHOWN.get(option.kind, 'str')}>"

@@ -1,4 +1,4 @@
-"""Which options there are: one table per driver for opening and one for creating, in the names of QEMU's QAPI schema.
+"""Which options there are: one table per driver for opening, creating and amending, in the names of QEMU's QAPI schema.
 
 A default of None means that nothing is assumed when the option is not given: who opens the node takes the value from
 the node above, from the image or from the caller's keywords.  Sizes and offsets are bytes.
@@ -15,7 +15,7 @@ from blocklib.sizes import MAX_SIZE, GiB, MiB
 
 Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node"]
 """`name` is the name of a node; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
-Table: TypeAlias = Literal["open", "create"]
+Table: TypeAlias = Literal["open", "create", "amend"]
 
 
 class Option(NamedTuple):
@@ -205,6 +205,22 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
 }
 """What each driver takes when an image is created."""
 
+_CHANGED_BY_AMEND = (
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "lazy_refcounts",
+    "refcount_bits",
+    "size",
+)
+
+AMEND: Mapping[str, tuple[Option, ...]] = {
+    "qcow2": tuple(option._replace(default=None) for option in CREATE["qcow2"] if option.name in _CHANGED_BY_AMEND),
+}
+"""What of an image can be changed later; None: stays as it is."""
+
 _FILE_HINTS = ("extent_size_hint", "nocow")
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
     ("open", "qcow2"): (
@@ -215,6 +231,7 @@ NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
     ("create", "file"): _FILE_HINTS,
     ("create", "qcow2"): (*_FILE_HINTS, "encrypt", "encryption"),
     ("create", "raw"): _FILE_HINTS,
+    ("amend", "qcow2"): ("encrypt",),
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""
 
@@ -224,6 +241,12 @@ def options_of(driver: str, table: Table = "open") -> dict[str, Option]:
     check_name(driver)
     if table == "open":
         return {option.name: option for option in (*COMMON, *OPEN[driver])}
+    if table == "amend":
+        if driver not in AMEND:
+            raise OptionError(
+                f"images of the format {driver} cannot be amended", option="driver", driver=driver, choices=sorted(AMEND)
+            )
+        return {option.name: option for option in AMEND[driver]}
     if driver not in CREATE:
         able = ", ".join(sorted(CREATE))
         raise OptionError(

@@ -15,7 +15,7 @@ from blocklib.formats.qcow2.tables import table_to_bytes, zero_table
 if TYPE_CHECKING:
     from blocklib.graph import Edge
 
-_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 SIZE_UNIT = 512
 """The size of an image is a multiple of this."""
 
@@ -25,7 +25,7 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
 
     Raises OptionError for options that contradict each other or the format.
     """
-    version = _VERSIONS[options["compat"]]
+    version = VERSIONS[options["compat"]]
     cluster_size = options["cluster_size"]
     if cluster_size & (cluster_size - 1) or not 1 << 9 <= cluster_size <= 1 << 21:
         raise _bad("cluster_size", f"the cluster size must be a power of two between 512 and 2 MiB, not {cluster_size}")

@@ -523,6 +523,18 @@ class Qcow2Node(Node):
             if not dry_run:
                 self.load()  # tables that were read before may have changed
 
+    def check_amend(self, options: Mapping[str, Any]) -> None:
+        from blocklib.formats.qcow2 import amend
+
+        amend.check(self, options)
+
+    def amend(
+        self, options: Mapping[str, Any], *, force: bool = False, progress: Callable[[int, int], object] | None = None
+    ) -> None:
+        from blocklib.formats.qcow2 import amend
+
+        amend.amend(self, options, progress or (lambda _done, _total: None))
+
     def make_empty(self) -> None:
         """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""
         from blocklib.formats.qcow2.zeroing import forget_range

@@ -77,9 +77,10 @@ class Refcounts:
 
     def block(self, block_index: int) -> Table:
         """The refcount block that table entry `block_index`, which is not 0, points at."""
-        return self.cache.need(self._block_offset(block_index))
+        return self.cache.need(self.block_offset(block_index))
 
-    def _block_offset(self, block_index: int) -> int:
+    def block_offset(self, block_index: int) -> int:
+        """Where the refcount block of table entry `block_index`, which is not 0, lies.  Raises ImageCorruptError."""
         entry = self.table[block_index]
         if entry & (layout.REFCOUNT_TABLE_RESERVED_MASK | self.geometry.cluster_mask):
             raise ImageCorruptError(

@@ -37,7 +37,8 @@ def format_specific(node: Qcow2Node) -> Mapping[str, Any]:
             data["bitmaps"] = bitmaps
     data["refcount-bits"] = 1 << header.refcount_order
     if header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE:
-        data["data-file"] = header.data_file_name
+        if header.data_file_name is not None:
+            data["data-file"] = header.data_file_name
         data["data-file-raw"] = bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
     data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
     data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)

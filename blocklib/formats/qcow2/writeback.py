@@ -117,8 +117,9 @@ class WriteBack:
         """Make what was written to the file durable, with `data` to an external data file too; a failure poisons the image."""
         node = self._node
         try:
-            if data and node.data is not node.file:
-                node.data.flush()
+            edge = node.data_edge() if data else None
+            if edge is not None and edge is not node.file:
+                edge.flush()
             node.file.flush()
         except BlocklibError:
             # The kernel reports a lost write once; no later success may pretend otherwise.

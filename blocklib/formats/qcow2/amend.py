@@ -1,0 +1,198 @@
+"""Changing what an image is: its version, refcount width, lazy refcounts, and what its header says of a data file.
+
+Everything that could be refused is refused before the first write (`check`).  Each change ends in one atomic write of the
+header, so that a crash leaves the image before or after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
+from blocklib.formats.qcow2 import data_file, layout
+from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
+from blocklib.formats.qcow2.header import feature_name_table
+from blocklib.formats.qcow2.snapshots import table_bytes
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.node import Qcow2Node
+
+_VM_STATE_V2 = (1 << 32) - 1
+"""What the field of a version 2 snapshot entry can say of its VM state."""
+
+
+def check(node: Qcow2Node, options: Mapping[str, Any]) -> None:
+    """Raises OptionError, UsageError or UnsupportedFeatureError for what the image cannot become; changes nothing.
+
+    `options` are checked amend options: None where an option was not given.
+    """
+    node.check_usable()
+    node.check_writable()
+    _check_names(node, options)
+    version = _version_after(node, options)
+    width = _width_after(node, options)
+    size = options["size"]
+    if size and size % SIZE_UNIT:
+        raise _bad(node, "size", f"the size is a multiple of {SIZE_UNIT}, not {size}")
+    if version == layout.VERSION_2:
+        if width != 16:
+            given = options["refcount_bits"] is not None
+            raise _bad(node, "refcount_bits" if given else "compat", "compat=0.10 needs refcount_bits=16")
+        if options["lazy_refcounts"]:
+            raise _bad(node, "lazy_refcounts", "lazy refcounts need compat=1.1")
+        if node.header.version != layout.VERSION_2:
+            _check_downgrade(node, size or node.size)
+    if width != node.geometry.refcount_bits:
+        from blocklib.formats.qcow2.refcount_width import check_counts
+
+        node.writeback.finish()
+        check_counts(node, width)
+
+
+def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, int], object]) -> None:
+    """Make the changes that `check` has accepted; durable on return.  The caller has drained the node."""
+    with node.writeback.structure:
+        node.writeback.finish()
+        version, width = _version_after(node, options), _width_after(node, options)
+        if version > node.header.version:
+            _upgrade(node)
+        if width != node.geometry.refcount_bits:
+            from blocklib.formats.qcow2.refcount_width import change_width
+
+            change_width(node, width, progress)
+        _change_bits_and_names(node, options)
+        if version < node.header.version:
+            _downgrade(node, progress)
+        node.load()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def _bad(node: Qcow2Node, option: str, text: str) -> OptionError:
+    return OptionError(f"{node.filename}: {text}", option=option, driver="qcow2", node=node.filename)
+
+
+def _version_after(node: Qcow2Node, options: Mapping[str, Any]) -> int:
+    compat = options["compat"]
+    return node.header.version if compat is None else VERSIONS[compat]
+
+
+def _width_after(node: Qcow2Node, options: Mapping[str, Any]) -> int:
+    width: int | None = options["refcount_bits"]
+    return node.geometry.refcount_bits if width is None else width
+
+
+def _check_names(node: Qcow2Node, options: Mapping[str, Any]) -> None:
+    header = node.header
+    for option, present in (("backing_file", header.backing_name), ("backing_fmt", header.backing_format)):
+        if options[option] not in (None, present):
+            raise _bad(node, option, "amend does not change the backing file; rebase does")
+    name = options["data_file"]
+    if name is not None:
+        if not data_file.is_external(header):
+            raise _bad(node, "data_file", "the image has no external data file, and cannot be given one")
+        longest = (1 << header.cluster_bits) - header.header_length
+        if "\0" in name or len(name.encode("utf-8", "surrogateescape")) > longest:
+            raise _bad(node, "data_file", "the name of the data file does not fit")
+    if options["data_file_raw"] and not data_file.is_raw(header):
+        raise _bad(node, "data_file_raw", "data_file_raw is for new images: nobody knows what the data file holds")
+
+
+def _check_downgrade(node: Qcow2Node, size: int) -> None:
+    header = node.header
+    reasons = []
+    if data_file.is_external(header):
+        reasons.append("an external data file")
+    if header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2:
+        reasons.append("extended L2 entries")
+    if header.extension(layout.EXTENSION_BITMAPS) is not None:
+        reasons.append("bitmaps")
+    if any(entry.vm_state_size > _VM_STATE_V2 or entry.disk_size not in (None, size) for entry in node.snapshots):
+        reasons.append("snapshots of another size, or with a VM state of 4 GiB or more")
+    if header.compression_type != layout.COMPRESSION_DEFLATE and not reasons:
+        from blocklib.formats.qcow2.zero_expansion import has_compressed
+
+        if has_compressed(node):
+            reasons.append(f"clusters compressed with {layout.COMPRESSION_NAMES[header.compression_type]}")
+    if reasons:
+        raise UnsupportedFeatureError(
+            f"{node.filename}: version 2 (compat=0.10) has no {', '.join(reasons)}",
+            features=reasons,
+            structure="header",
+            expected="only what version 2 has",
+            found=", ".join(reasons),
+            node=node.filename,
+        )
+
+
+# -- the changes -------------------------------------------------------------------------------------------------------
+
+
+def _write_header(node: Qcow2Node) -> None:
+    """One change of the header, durable on return.  Raises UsageError, with nothing changed, where it does not fit."""
+    try:
+        node.rewrite_header()
+        node.writeback.barrier()
+    except UsageError:
+        raise
+    except BaseException:
+        node.poison("changing the header was interrupted")
+        raise
+
+
+def _upgrade(node: Qcow2Node) -> None:
+    header = node.header
+    replaced = None
+    data = table_bytes(node.snapshots, version=layout.VERSION_3, disk_size=header.size)
+    if node.snapshots and data != table_bytes(node.snapshots, version=layout.VERSION_2, disk_size=header.size):
+        # Version 3 demands of each snapshot the size of its disk.
+        geometry = node.geometry
+        replaced = header.snapshots_offset >> geometry.cluster_bits, geometry.clusters_for(
+            sum(entry.length for entry in node.snapshots)
+        )
+        n = geometry.clusters_for(len(data))
+        first, _n = node.retry(lambda: node.refcounts.allocate(n, exactly=True))
+        node.file.write(first << geometry.cluster_bits, (data, bytes((n << geometry.cluster_bits) - len(data))))
+        node.writeback.flush()
+        header.snapshots_offset = first << geometry.cluster_bits
+    header.version = layout.VERSION_3
+    header.header_length = layout.HEADER_V3_LENGTH
+    header.set_extension(layout.EXTENSION_FEATURE_NAMES, feature_name_table())
+    _write_header(node)
+    if replaced is not None:
+        with node.lock:
+            node.writeback.freed.append(replaced)
+        node.writeback.finish()
+
+
+def _change_bits_and_names(node: Qcow2Node, options: Mapping[str, Any]) -> None:
+    header = node.header
+    before = header.compatible_features, header.autoclear_features, header.data_file_name
+    lazy = options["lazy_refcounts"]
+    if lazy is not None and header.version >= layout.VERSION_3:
+        header.compatible_features &= ~layout.COMPATIBLE_LAZY_REFCOUNTS
+        header.compatible_features |= layout.COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
+    if options["data_file_raw"] is False:
+        header.autoclear_features &= ~layout.AUTOCLEAR_RAW_EXTERNAL
+    if options["data_file"] is not None:
+        header.data_file_name = options["data_file"]
+    if before != (header.compatible_features, header.autoclear_features, header.data_file_name):
+        _write_header(node)
+
+
+def _downgrade(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
+    """Version 2 has no zero clusters: they become absent ones or zeroes that are stored.  Then the header switches."""
+    from blocklib.formats.qcow2.zero_expansion import expand_zero_clusters
+
+    expand_zero_clusters(node, progress)
+    node.writeback.finish()
+    header = node.header
+    header.version = layout.VERSION_2
+    header.header_length = layout.HEADER_V2_LENGTH
+    header.incompatible_features = header.compatible_features = header.autoclear_features = 0
+    header.compression_type = layout.COMPRESSION_DEFLATE
+    header.unknown_fields = b""
+    header.set_extension(layout.EXTENSION_FEATURE_NAMES, None)
+    _write_header(node)
