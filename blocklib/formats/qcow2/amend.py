@@ -196,3 +196,19 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
     header.unknown_fields = b""
     header.set_extension(layout.EXTENSION_FEATURE_NAMES, None)
     _write_header(node)
+
+
+def change_backing(node: Qcow2Node, name: str | None, format: str | None) -> None:
+    """Name another backing file in the header; durable on return.  Raises UsageError for a name that does not fit."""
+    node.check_usable()
+    header = node.header
+    with node.writeback.structure:
+        node.writeback.flush()
+        before = header.backing_name, header.backing_format
+        try:
+            header.backing_name, header.backing_format = name, format
+            node.rewrite_header()
+        except BaseException:
+            header.backing_name, header.backing_format = before
+            raise
+        node.writeback.barrier()

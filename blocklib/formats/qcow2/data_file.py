@@ -63,3 +63,12 @@ def grow(node: Qcow2Node, old_size: int, size: int, preallocation: Preallocation
             data.truncate(old_size)
     if data.size < size or not data.node.is_device:
         data.truncate(size, "off" if preallocation == "metadata" else preallocation)
+
+
+def occupied(node: Qcow2Node, in_file: int | None) -> int | None:
+    """Bytes on the host of an image whose own file occupies `in_file`, None where that is unknown."""
+    edge = node.children.get(CHILD)
+    if edge is None or in_file is None:
+        return in_file
+    in_data_file = edge.node.allocated_size()
+    return None if in_data_file is None else in_file + in_data_file

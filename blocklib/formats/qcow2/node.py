@@ -549,17 +549,9 @@ class Qcow2Node(Node):
 
         Raises UsageError for a name that does not fit.
         """
-        self.check_usable()
-        with self.writeback.structure:
-            self.writeback.flush()
-            before = self.header.backing_name, self.header.backing_format
-            try:
-                self.header.backing_name, self.header.backing_format = name, format
-                self.rewrite_header()
-            except BaseException:
-                self.header.backing_name, self.header.backing_format = before
-                raise
-            self.writeback.barrier()
+        from blocklib.formats.qcow2 import amend
+
+        amend.change_backing(self, name, format)
 
     @property
     def needs_data_file(self) -> bool:
@@ -640,12 +632,7 @@ class Qcow2Node(Node):
     # -- telling ------------------------------------------------------------------------------------------------------
 
     def allocated_size(self) -> int | None:
-        occupied = super().allocated_size()
-        edge = self.children.get(data_file.CHILD)
-        if edge is None or occupied is None:
-            return occupied
-        in_data_file = edge.node.allocated_size()
-        return None if in_data_file is None else occupied + in_data_file
+        return data_file.occupied(self, super().allocated_size())
 
     def cluster_size(self) -> int:
         return self.geometry.cluster_size
