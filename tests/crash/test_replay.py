@@ -45,6 +45,13 @@ WORKLOADS = {
     "refcount table grows": Workload(5000, {"cluster_size": 512, "refcount_bits": 64}, n_sites=12),
     "smallest caches": Workload(900, {"cluster_size": 512, "refcount_bits": 1}, {"l2-cache-size": 512}),
     "sectors share clusters": Workload(3001, {"cluster_size": 4096, "refcount_bits": 8}),
+    "subclusters": Workload(3001, {"cluster_size": "16k", "extended_l2": "on", "refcount_bits": 8}),
+    "subclusters over a backing file": Workload(
+        2000, {"cluster_size": "16k", "extended_l2": "on"}, base_sectors=1501, resizes=True
+    ),
+    "threads share subclusters": Workload(
+        2001, {"cluster_size": "16k", "extended_l2": "on"}, n_workers=8, stripe=3, n_requests=50, base_sectors=2001
+    ),
     "version 2": Workload(3000, {"cluster_size": 1024, "compat": "0.10"}),
     "over a backing file": Workload(2000, {"cluster_size": 2048}, base_sectors=1501, resizes=True),
     "version 2 over a backing file": Workload(700, {"cluster_size": 1024, "compat": "0.10"}, base_sectors=501),

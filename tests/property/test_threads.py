@@ -21,6 +21,9 @@ import blocklib
 from blocklib import KiB, MiB, graph
 from blocklib.disk import Disk
 from blocklib.errors import ClosedError
+from blocklib.formats.qcow2.node import Qcow2Node
+from tests.crash.recording import RecordingNode
+from tests.crash.workload import disk_on, new_image
 from tests.programs import Program
 from tests.property.chains import first_difference
 
@@ -36,6 +39,7 @@ IMAGES: Final = (
     pytest.param({"cluster_size": 4096, "compat": "0.10"}, None, id="4k-v2"),
     pytest.param({"cluster_size": 1024, "refcount_bits": 1}, 1, id="1k-refcount1-tiny-cache"),
     pytest.param({"cluster_size": 2 * MiB}, 4096, id="2M-small-cache"),
+    pytest.param({"cluster_size": 16 * KiB, "extended_l2": True}, None, id="16k-subclusters"),
 )
 
 
@@ -269,13 +273,18 @@ def _compress(path: Path, size: int, qemu_io: Program) -> None:
     qemu_io("-f", "qcow2", path, *(a for at in range(0, size, 65536) for a in ("-c", f"write -c -P 7 {at} 64k")))
 
 
+@pytest.mark.parametrize("extended_l2", [False, True])
 @pytest.mark.parametrize("prepare", [_leave_alone, _make_zero, _make_zero_but_keep, _compress])
 def test_threads_that_copy_one_cluster_for_different_sectors_lose_nothing(
-    prepare: Callable[[Path, int, Program], None], tmp_path: Path, qemu_img: Program, qemu_io: Program
+    prepare: Callable[[Path, int, Program], None],
+    extended_l2: bool,
+    tmp_path: Path,
+    qemu_img: Program,
+    qemu_io: Program,
 ) -> None:
     clusters, per_cluster = 24, 128
     size = clusters * per_cluster * SECTOR
-    path = make_overlay(tmp_path, size, {"cluster_size": per_cluster * SECTOR})
+    path = make_overlay(tmp_path, size, {"cluster_size": per_cluster * SECTOR, "extended_l2": extended_l2})
     prepare(path, size, qemu_io)
     with open_overlay(path, "r+") as disk:
         content = bytearray(disk.read(0, size))
@@ -292,6 +301,73 @@ def test_threads_that_copy_one_cluster_for_different_sectors_lose_nothing(
         run_together(*(partial(write_own_sectors, number) for number in range(THREADS)))
         assert not first_difference(disk.read(0, size), content)
     assert_clean(path, content, qemu_img)
+
+
+def test_an_extended_entry_is_read_and_written_as_a_pair() -> None:
+    """The slice holds pairs whose words are equal; any mixture of two of them shows."""
+    disk = disk_on(RecordingNode(data=new_image(1 * MiB, {"extended_l2": "on"})))
+    node = disk.node
+    assert isinstance(node, Qcow2Node)
+    mapping = node.mapping
+    slice_offset, table = node.retry(lambda: mapping.slice_for_change(0, node.refcounts, node.writeback.freed))
+    done = threading.Event()
+
+    def flip() -> None:
+        for turn in range(150_000):
+            mapping.set_entry(slice_offset, table, 0, turn & 1, turn & 1)
+        done.set()
+
+    def look() -> None:
+        looks = 0
+        while not done.is_set():
+            entry, bitmap = mapping.entry_at(table, 0)
+            assert entry == bitmap, looks
+            looks += 1
+
+    try:
+        run_together(flip, look, look)
+    finally:
+        disk.abandon()
+
+
+def test_readers_of_subclusters_that_are_written_and_discarded_see_one_or_the_other(
+    tmp_path: Path, qemu_img: Program
+) -> None:
+    cluster_size = 16 * KiB
+    size = 4 * cluster_size
+    path = make_overlay(tmp_path, size, {"cluster_size": cluster_size, "extended_l2": True})
+    written = stamp(1, 1, 0, size // SECTOR)
+    with open_overlay(path, "r+") as disk:
+        done = threading.Event()
+        seen: set[bytes] = set()
+
+        def flip(cluster: int) -> None:
+            start = cluster * cluster_size
+            for _ in range(100):
+                disk.write(start, written[start : start + cluster_size])
+                disk.discard(start, cluster_size)
+            disk.write(start, written[start : start + cluster_size])
+
+        def write() -> None:
+            try:
+                run_together(*(partial(flip, cluster) for cluster in range(4)))
+            finally:
+                done.set()
+
+        def read(seed: int) -> None:
+            choose = random.Random(seed)
+            while not done.is_set():
+                sector = choose.randrange(size // SECTOR)
+                data = disk.read(sector * SECTOR, SECTOR)
+                assert data in (bytes(SECTOR), written[sector * SECTOR : (sector + 1) * SECTOR], stamp(BASE, 0, sector, 1))
+                seen.add(data[:1])
+                list(disk.extents(0, size))
+                disk.map(0, size)
+
+        run_together(write, *(partial(read, seed) for seed in range(3)))
+        assert disk.read(0, size) == written
+        assert len(seen) > 1
+    assert_clean(path, written, qemu_img)
 
 
 # -- clusters that change hands --------------------------------------------------------------------------------------------
