@@ -146,7 +146,7 @@ class WriteBack:
             node.mapping.cache.written(batch.new_slices + batch.doubtful_slices + batch.slices)
             if batch.freed:
                 epoch = node.tracker.next_epoch() if node.tracker is not None else 0
-                self._waiting.append((epoch, batch.freed))
+                self._waiting.append((epoch, _joined(batch.freed)))
         self._succeeded = self._begun
         return self._free_waiting() or failure
 
@@ -280,3 +280,14 @@ class WriteBack:
                     node.punch(start, length)
         finally:
             node.retry(lambda: node.refcounts.release(first, n), marks=False)
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same runs (first cluster, number), ascending; neighbours are one, and so cost one change of counts and one hole."""
+    joined: list[tuple[int, int]] = []
+    for first, n in sorted(runs):
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = joined[-1][0], joined[-1][1] + n
+        else:
+            joined.append((first, n))
+    return joined
