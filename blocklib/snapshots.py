@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from operator import index
@@ -82,7 +82,7 @@ class InternalSnapshot:
         return f"<InternalSnapshot {self.id}: {self.name!r} of {self.created:%Y-%m-%d %H:%M:%S} UTC>"
 
 
-class Snapshots(Collection["InternalSnapshot"]):
+class Snapshots:
     """The snapshots inside the top image of a disk, oldest entry first; each look sees what there is then."""
 
     def __init__(self, disk: Disk) -> None:

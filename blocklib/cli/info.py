@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,12 @@ def snapshot_table(snapshots: tuple[SnapshotInfo, ...]) -> list[str]:
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours:02}:{minutes:02}:{seconds:02}.{snapshot.vm_clock_ns % _SECOND // 10**6:03}"
         date = snapshot.created.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        name = f"{printable(snapshot.id):<9} {printable(snapshot.name):<16}"
+        name = f"{_padded(printable(snapshot.id), 9)} {_padded(printable(snapshot.name), 16)}"
         icount = "" if snapshot.icount is None else str(snapshot.icount)
         lines.append(f"{name} {format_size(snapshot.vm_state_size):>8} {date:>19} {clock:>12} {icount:>10}")
     return lines
+
+
+def _padded(text: str, width: int) -> str:
+    """`text` with spaces up to `width` bytes: that is how C counts."""
+    return text + " " * (width - len(os.fsencode(text)))

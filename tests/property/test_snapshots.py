@@ -22,7 +22,7 @@ KIB = 1024
 
 @dataclass
 class Case:
-    options: dict[str, int | str]
+    options: dict[str, int | str | bool]
     size: int
     backing: bool = False
     compressed: bool = False
@@ -42,6 +42,10 @@ CASES = {
     "wide refcounts": Case({"cluster_size": 1024, "refcount_bits": 64}, 300 * KIB, numpy=True, compressed=True),
     "four bits": Case({"cluster_size": 2048, "refcount_bits": 4}, 300 * KIB),
     "two bits, numpy": Case({"cluster_size": 2048, "refcount_bits": 2}, 300 * KIB, numpy=True),
+    "extended L2 entries": Case({"cluster_size": 16384, "extended_l2": True}, 900 * KIB, compressed=True, resizes=True),
+    "extended L2 entries, numpy": Case(
+        {"cluster_size": 16384, "extended_l2": True}, 900 * KIB, backing=True, resizes=True, numpy=True
+    ),
     "small cache": Case(
         {"cluster_size": 4096}, 9000 * KIB, opened={"l2-cache-size": 4096, "l2-cache-entry-size": 512}, resizes=True
     ),
