@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from blocklib.errors import StalePlanError, UnsupportedFeatureError
+from blocklib.errors import StalePlanError
 from blocklib.formats.qcow2.check import check_image
 from blocklib.formats.qcow2.repair import repair_image
 from blocklib.reports import CheckReport, RepairReport
@@ -125,55 +125,100 @@ def test_the_corrupt_bit_stays_as_long_as_anything_is_wrong() -> None:
     assert image.features == CORRUPT
 
 
-# Refcount blocks that do not exist ----------------------------------------------------------------------------------
+# Refcounts that cannot be mended in place ---------------------------------------------------------------------------
 
 
 @WIDTHS
-def test_a_missing_refcount_block_is_made_behind_the_end_of_the_file(refcount_order: int) -> None:
+def test_refcounts_with_a_missing_block_are_rebuilt_behind_the_end_of_the_file(refcount_order: int) -> None:
     image = Qcow2Bytes(cluster_bits=9, refcount_order=refcount_order, n_l2=3, n_data=150, features=DIRTY)
-    end = image.size
+    end, data = image.size, bytes(image.bytes[image.data[0] :])
     image.set_entry(image.table, 0)
     after = repaired(image)
-    # The block that was there is unused now: no reference leads to it, and no count says that it is used.
     assert after.clean
-    assert image.entry(image.table) == end
+    assert image.entry(48) == end
+    assert image.entry(end) > end
     assert image.features == 0
+    assert image.bytes[image.data[0] : end] == data
 
 
-def test_a_new_block_that_nothing_counts_gets_a_block_too() -> None:
+def test_rebuilt_refcounts_count_themselves() -> None:
     image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_data=1)  # 64 counts in a block
-    end = image.grow(64 - image.n_clusters)
-    assert end < image.size == 64 * 512
+    image.grow(64 - image.n_clusters)
     image.set_entry(image.table, 0)
-    after = repaired(image)
-    assert after.clean
-    assert image.entry(image.table) == 64 * 512
-    assert image.entry(image.table + 8) == 65 * 512
+    assert repaired(image).clean
+    assert image.entry(48) == 64 * 512
+    assert (image.entry(64 * 512), image.entry(64 * 512 + 8)) == (65 * 512, 66 * 512)
 
 
-def test_without_room_in_the_refcount_table_the_rest_is_mended_and_this_remains() -> None:
+def test_without_room_in_the_refcount_table_a_longer_one_is_made() -> None:
     image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_data=1)
     room = 64 * 64  # entries in the table times counts in a block
     data = image.grow(room + 1 - image.n_clusters) + (room - image.n_clusters) * 512
     image.set_entry(image.l2_entry(7), data | COPIED)
     image.set_refcount(image.l1 // 512, 0)
-    after = repaired(image)
-    assert (after.corruptions, after.corruptions_fixed) == (2, 1)
-    assert not any(finding.repairable for finding in after.findings if finding.structure == "refcount of a host cluster")
+    assert repaired(image).clean
+    assert int.from_bytes(image.bytes[56:60], "big") == 2
 
 
-def test_no_block_is_made_where_a_damaged_entry_may_point() -> None:
+def test_where_a_damaged_entry_points_nothing_is_put() -> None:
     image = Qcow2Bytes()
-    image.set_entry(image.l1 + 8, image.size | COPIED)
+    end = image.size
+    image.set_entry(image.l1 + 8, end | COPIED)
     image.bytes[36:40] = (2).to_bytes(4, "big")
     image.set_entry(image.table, 0)
-    size = image.size
-    assert not repaired(image).clean
-    assert image.size == size
+    after = repaired(image)
+    assert after.corruptions_fixed > 0
+    assert image.entry(48) == end + image.cluster_size
+    assert not any(image.bytes[end : end + image.cluster_size])
+
+
+@pytest.mark.parametrize("entry", [512, 1, 1 << 62, 1 << 63], ids=["unaligned", "reserved", "far away", "no offset of a file"])
+def test_counts_that_cannot_be_read_are_made_anew(entry: int) -> None:
+    image = Qcow2Bytes(features=DIRTY)
+    image.set_entry(image.table, image.entry(image.table) | entry)
+    assert check(image).check_errors or check(image).corruptions
+    assert repaired(image).clean
+    assert image.features == 0
+
+
+def test_a_refcount_block_that_guest_data_lies_on_goes_elsewhere() -> None:
+    image = Qcow2Bytes()
+    block = bytes(image.bytes[image.blocks[0] : image.blocks[0] + image.cluster_size])
+    image.set_entry(image.l2_entry(0), image.blocks[0] | COPIED)
+    assert repaired(image).clean
+    assert image.bytes[image.blocks[0] : image.blocks[0] + image.cluster_size] == block
+    assert image.entry(image.l2_entry(0)) == image.blocks[0] | COPIED
+
+
+def test_repairing_leaks_rebuilds_nothing() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.table, 0)
+    assert not repaired(image, "leaks").clean
     assert image.log == []
 
 
-# What is left alone -------------------------------------------------------------------------------------------------
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_zero_cluster_forgets_a_host_cluster_that_cannot_be() -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(0), image.entry(image.l2_entry(0)) | 512 | 1)
+    after = repaired(image)
+    assert after.clean
+    assert (after.corruptions_fixed, after.leaks_fixed) == (1, 1)
+    assert image.entry(image.l2_entry(0)) == 1
+
+
+@pytest.mark.parametrize("place", ["l1", "l2", "table"])
+def test_guest_data_on_metadata_gets_a_cluster_of_its_own(place: str) -> None:
+    image = Qcow2Bytes()
+    where = {"l1": image.l1, "l2": image.l2[0], "table": image.table}[place]
+    image.set_entry(image.l2_entry(0), where | COPIED)
+    read = bytes(image.bytes[where : where + image.cluster_size])
+    assert repaired(image).clean
+    data = image.entry(image.l2_entry(0)) & ~COPIED
+    assert image.bytes[data : data + image.cluster_size] == read
+    assert image.entry(48) != data
 
 
 @WHAT
@@ -184,62 +229,31 @@ def test_no_block_is_made_where_a_damaged_entry_may_point() -> None:
         lambda image: image.set_entry(image.l1, image.entry(image.l1) | 512),
         lambda image: image.set_entry(image.l2_entry(0), COPIED | 1 << 40),
         lambda image: image.set_entry(image.l2_entry(0), image.entry(image.l2_entry(0)) | 2),
-        lambda image: image.set_entry(image.l2_entry(0), image.l1 | COPIED),
     ],
-    ids=["L1 outside", "L1 unaligned", "L2 outside", "L2 reserved", "data on metadata"],
+    ids=["L1 outside", "L1 unaligned", "L2 outside", "L2 reserved"],
 )
-def test_nothing_is_given_back_that_a_damaged_entry_may_have_meant(damage: Any, what: str) -> None:
+def test_an_entry_that_leads_nowhere_stays_and_leaks_are_given_back(damage: Any, what: str) -> None:
     image = Qcow2Bytes()
     image.set_entry(image.l2_entry(5), 0)
     damage(image)
     leaks = check(image).leaks
-    assert leaks > 0
     after = repaired(image, what)
-    assert (after.leaks, after.leaks_fixed) == (leaks, 0)
+    assert after.corruptions > 0
+    assert (after.leaks, after.leaks_fixed) == (0, leaks)
 
 
-def test_a_refcount_block_that_something_else_uses_is_not_written() -> None:
+def test_unknown_autoclear_bits_are_cleared() -> None:
     image = Qcow2Bytes()
-    image.set_entry(image.l2_entry(0), image.blocks[0] | COPIED)
-    image.set_refcount(image.l1 // image.cluster_size, 0)
-    repair(image)
-    block = range(image.blocks[0], image.blocks[0] + image.cluster_size)
-    assert not any(offset in block for offset, _ in filter(None, image.log))
-
-
-def test_a_table_that_guest_data_lies_on_is_not_written() -> None:
-    image = Qcow2Bytes()
-    image.set_entry(image.l2_entry(0), image.l2[0] | COPIED)
-    image.set_entry(image.l2_entry(1), image.data[1])
-    repair(image)
-    table = range(image.l2[0], image.l2[0] + image.cluster_size)
-    assert not any(offset in table for offset, _ in filter(None, image.log))
-
-
-def test_unreadable_counts_are_not_guessed() -> None:
-    image = Qcow2Bytes(features=DIRTY)
-    image.set_entry(image.table, image.blocks[0] | 512)
-    after = repaired(image)
-    assert after.check_errors == image.n_clusters
-    assert image.features == DIRTY
-    assert image.log == []
-
-
-def test_unsupported_features_are_refused_before_anything_is_written() -> None:
-    image = Qcow2Bytes()
-    image.set_entry(image.l2_entry(5), 0)
-    header = image.header()
-    header.autoclear_features = 1
-    with pytest.raises(UnsupportedFeatureError):
-        repair_image(image, header, header.geometry(), "all", filename="test.qcow2")
-    assert image.log == []
+    image.set_entry(88, 1 << 40 | 2)
+    assert repaired(image, "leaks").clean
+    assert image.entry(88) == 0
 
 
 # Plans --------------------------------------------------------------------------------------------------------------
 
 
 def damaged() -> Qcow2Bytes:
-    """Counts too low and too high, wrong flags, a missing block, and the dirty bit."""
+    """Counts too low and too high, wrong flags, and the dirty bit."""
     image = Qcow2Bytes(cluster_bits=9, refcount_order=6, n_l2=2, n_data=100, features=DIRTY | CORRUPT)
     for index in (3, 4, 90):
         image.set_entry(image.l2_entry(index % 64, index // 64), 0)
@@ -248,6 +262,12 @@ def damaged() -> Qcow2Bytes:
     image.set_entry(image.l2_entry(5), image.data[6] | COPIED)
     image.set_entry(image.l2_entry(7), image.data[7])
     image.set_refcount(image.l1 // 512, 0)
+    return image
+
+
+def damaged_twice() -> Qcow2Bytes:
+    """The same with a missing refcount block."""
+    image = damaged()
     image.set_entry(image.table + 8, 0)
     return image
 
@@ -264,7 +284,6 @@ def test_a_dry_run_writes_nothing_and_says_what_the_repair_then_does() -> None:
     assert report.before == plan.before
     assert {step.action for step in report.steps} == {
         "raise refcounts",
-        "link refcount block",
         "correct copied flags",
         "lower refcounts",
         "clear dirty bit",
@@ -307,15 +326,18 @@ def too_low(report: CheckReport) -> set[int | None]:
     return {found.host_offset for found in report.findings if found.structure == structure and found.kind == "corruption"}
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_crash_at_any_write_makes_no_count_too_low(version: int) -> None:
-    image = damaged()
+def test_a_crash_at_any_write_makes_no_count_too_low(version: int, rebuild: bool) -> None:
+    image = damaged_twice() if rebuild else damaged()
     if version == 2:
         image = Qcow2Bytes(version=2, n_data=40)
         for index in (3, 4):
             image.set_entry(image.l2_entry(index), 0)
         image.set_entry(image.l2_entry(5), image.data[6] | COPIED)
         image.set_refcount(image.l1 // image.cluster_size, 0)
+        if rebuild:
+            image.set_entry(image.table, image.entry(image.table) | 1)
     start = bytes(image.bytes)
     low_before = too_low(check(image))
     assert repaired(image).clean
@@ -343,13 +365,22 @@ def test_every_phase_is_durable_before_the_next() -> None:
         names = [name for name, place in tables.items() if place == offset]
         phases[-1].add(names[0] if names else "new block" if event[0] >= size else "refcounts")
     assert phases[-1] == set()  # a flush comes last
-    assert phases[:-1] == [
-        {"refcounts", "new block"},
-        {"table"},
-        {"l2 0"},
-        {"refcounts"},
-        {"header"},
-    ]
+    assert phases[:-1] == [{"refcounts"}, {"l2 0"}, {"refcounts"}, {"header"}]
+
+
+def test_rebuilt_refcounts_are_durable_before_the_header_switches_to_them() -> None:
+    image = damaged_twice()
+    size = image.size
+    repair(image)
+    phases: list[set[str]] = [set()]
+    for event in image.log:
+        if event is None:
+            phases.append(set())
+        else:
+            phases[-1].add("new" if event[0] >= size else "header" if event[0] < 512 else "entries")
+    assert phases == [{"new"}, {"header"}, {"entries"}, {"header"}, set()]
+    switch = [event for event in image.log if event is not None and event[0] == 0]
+    assert [len(event[1]) for event in switch] == [512]
 
 
 def test_a_crash_between_wrong_flags_and_counts_leaves_the_dirty_bit() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from blocklib.errors import UnsupportedFeatureError
-from blocklib.formats.qcow2 import layout
 from blocklib.reports import CheckReport
 
 if TYPE_CHECKING:
@@ -21,13 +19,6 @@ if TYPE_CHECKING:
     from blocklib.formats.qcow2.header import Header
 
 MAX_FINDINGS: Final = 1000
-
-_CHECKED_FEATURES: Final = (
-    layout.INCOMPATIBLE_DIRTY
-    | layout.INCOMPATIBLE_CORRUPT
-    | layout.INCOMPATIBLE_DATA_FILE
-    | layout.INCOMPATIBLE_COMPRESSION_TYPE
-)
 
 
 def check_image(
@@ -46,8 +37,6 @@ def check_image(
     done and in total.
 
     Raises:
-        UnsupportedFeatureError: the image has clusters that only a later version knows to count (bitmaps), or a mapping
-            that it cannot read: they would look like leaks.
         ImageLimitError: the file is too large to count its clusters.
         StorageError: the host failed to read.
     """
@@ -63,7 +52,6 @@ def scan_image(
     progress: Callable[[int, int], object] | None,
 ) -> Scan:
     """What `check_image` reports, with the counts behind it."""
-    refuse_unsupported(header)
     from blocklib.formats.qcow2.check_findings import Findings
     from blocklib.formats.qcow2.check_scan import Scan
 
@@ -85,26 +73,3 @@ def report_of(scan: Scan, filename: str) -> CheckReport:
         fragmented_clusters=scan.walk.fragmented,
         compressed_clusters=scan.walk.compressed,
     )
-
-
-def refuse_unsupported(header: Header) -> None:
-    """Raises UnsupportedFeatureError for an image with clusters whose references we could not count."""
-    refused = header.incompatible_features & ~_CHECKED_FEATURES
-    names = [
-        layout.FEATURE_NAMES.get((layout.FEATURE_INCOMPATIBLE, bit), f"incompatible feature bit {bit}")
-        for bit in range(64)
-        if refused >> bit & 1
-    ]
-    if header.crypt_method != layout.CRYPT_NONE:
-        names.append("encryption")
-    if header.autoclear_features & layout.AUTOCLEAR_BITMAPS or header.extension(layout.EXTENSION_BITMAPS) is not None:
-        names.append("bitmaps")
-    if names:
-        raise UnsupportedFeatureError(
-            f"an image with {', '.join(names)} cannot be checked yet",
-            features=names,
-            structure="header",
-            host_offset=0,
-            expected="only features whose clusters can be counted",
-            found=", ".join(names),
-        )

@@ -84,6 +84,20 @@ def compressed_ranges(entries: U64Array, offset_bits: int) -> tuple[U64Array, U6
     return offsets, sectors * sector - (offsets & (sector - np.uint64(1)))
 
 
+def contradictory(bitmaps: U64Array, allocated: BoolArray) -> BoolArray:
+    """Which subcluster bitmaps say that a subcluster is both allocated and zero, or allocated in no host cluster."""
+    data, zero = bitmaps & np.uint64(layout.SUBCLUSTER_ALLOCATED_MASK), bitmaps >> np.uint64(layout.SUBCLUSTERS_PER_CLUSTER)
+    wrong: BoolArray = ((data & zero) != 0) | ((data != 0) & ~allocated)
+    return wrong
+
+
+def reads_as_zero(entries: U64Array, bitmaps: U64Array | None) -> BoolArray:
+    """Which of these entries with a host cluster take no guest data from it."""
+    if bitmaps is None:
+        return (entries & np.uint64(layout.FLAG_ZERO)).astype(bool)
+    return ~(bitmaps & np.uint64(layout.SUBCLUSTER_ALLOCATED_MASK)).astype(bool)
+
+
 def count_fragments(offsets: U64Array, rows: IndexArray, cluster_size: int) -> IndexArray:
     """Positions of the clusters that do not follow the one before them in the same L2 table.
 

@@ -21,8 +21,6 @@ class Findings:
         self.limit = limit
         self.kept: list[Finding] = []
         self.totals: dict[Kind, int] = {"leak": 0, "corruption": 0, "check-error": 0}
-        self.beyond_repair = 0
-        """How many of them a repair will leave."""
 
     def add(
         self,
@@ -37,8 +35,6 @@ class Findings:
     ) -> None:
         """One finding, which counts `times` times where several tables lead to it."""
         self.totals[kind] += times
-        if not repairable:
-            self.beyond_repair += times
         if len(self.kept) < self.limit:
             self.kept.append(Finding(kind, structure, host_offset, expected, found, repairable))
 
@@ -47,8 +43,6 @@ class Findings:
     ) -> None:
         """A finding for each of `places`, `times` in all; only those that are kept are described."""
         self.totals[kind] += times
-        if not repairable:
-            self.beyond_repair += times
         room = self.limit - len(self.kept)
         if room > 0:
             self.kept.extend(describe(place) for place in places[:room].tolist())

@@ -7,12 +7,14 @@ order of the file; its findings then count as often as tables lead to it.  What 
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.check_bitmaps import BitmapScan
 from blocklib.formats.qcow2.check_counts import (
     BoolArray,
     CountArray,
@@ -38,6 +40,7 @@ _MAX_WEIGHT: Final = 1 << 31
 _PENDING: Final = 1 << 22
 """L1 entries that are collected before equal ones are merged."""
 _SECTOR: Final = 512
+_ENCRYPTION_POINTER: Final = struct.Struct(layout.ENCRYPTION_EXTENSION_FORMAT)
 _SLICE: Final = 1 << 20
 """Clusters compared at a time."""
 
@@ -73,22 +76,28 @@ class Scan:
                 structure="image file",
                 found=f"{self.file_size} bytes",
             ) from exc
-        self.references_lost = False
-        """Some reference could not be followed: a cluster without references may be one that it meant."""
+        self.has_data_file = bool(header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE)
+        """Guest clusters lie in another file, where nothing counts them."""
         self.highest_cluster = 0
         self.shared: IndexArray = np.empty(0, dtype=np.intp)
         """Clusters of metadata that something else refers to as well, ascending."""
+        self.mixed: IndexArray = np.empty(0, dtype=np.intp)
+        """Clusters that hold metadata of two kinds, ascending."""
+        self.n_table_findings = 0
+        """What is wrong with the refcount table: its place, and its entries."""
         self.active_l1: U64Array = np.empty(0, dtype=np.uint64)
         self.n_too_low = 0
         """Clusters with more references than the stored count says."""
-        self.wrong_flags = 0
-        """Entries of active tables whose copied flag contradicts the stored count."""
+        self.n_wrong_flags = 0
+        """How often a copied flag of an active table contradicts the stored count."""
         self.usable_blocks: BoolArray = np.empty(0, dtype=bool)
         """For each refcount table entry: its block is where it should be and nothing else is there."""
         self.walk = L2Walk(self, progress)
         self._n_references = 0
         self._roles: list[tuple[str, U64Array, U64Array]] = []
         self._l2_uses: list[tuple[U64Array, U64Array, U64Array]] = []
+        self._beyond: list[U64Array] = []
+        self._refcount_uses: list[tuple[U64Array, U64Array]] = []
         self._run()
 
     @property
@@ -111,8 +120,16 @@ class Scan:
         self._count_l1(header.l1_table_offset, header.l1_size, "active L1 table", active=True)
         self._count_snapshots()
         self.walk.run(*self._merged_l2_uses())
+        self._count_encryption_header()
+        self.bitmaps = BitmapScan(self)
         table_length = header.refcount_table_clusters * cluster_size
-        self.count_region("refcount table", header.refcount_table_offset, table_length, role="refcount table")
+        structure = "refcount table"
+        if not self.count_region(structure, header.refcount_table_offset, table_length, role=structure, repairable=True):
+            self.n_table_findings += 1
+        elif table_length:
+            first = header.refcount_table_offset >> self.geometry.cluster_bits
+            clusters = np.arange(first, first + header.refcount_table_clusters, dtype=np.uint64)
+            self._refcount_uses.append((clusters, np.ones_like(clusters)))
         self._count_refcount_blocks()
         self._find_overflows()
         self._find_shared()
@@ -128,14 +145,15 @@ class Scan:
             self.counts = self.counts.astype(np.uint64)
         add_references(self.counts, clusters, weights)
 
-    def count_region(self, structure: str, offset: int, length: int, *, role: str, times: int = 1) -> bool:
+    def count_region(
+        self, structure: str, offset: int, length: int, *, role: str, times: int = 1, repairable: bool = False
+    ) -> bool:
         """Count a contiguous structure; False (and a finding) if it ends a whole cluster or more past the file's end."""
         if not length:
             return True
         if offset + length >= self.file_size + self.geometry.cluster_size:
             expected, found = f"inside the file of {self.file_size} bytes", f"{length} bytes at {offset:#x}"
-            self.findings.add("corruption", structure, offset, expected, found, times=times)
-            self.references_lost = True
+            self.findings.add("corruption", structure, offset, expected, found, times=times, repairable=repairable)
             return False
         bits = self.geometry.cluster_bits
         clusters = np.arange(offset >> bits, ((offset + length - 1) >> bits) + 1, dtype=np.intp)
@@ -147,24 +165,35 @@ class Scan:
         """These clusters hold metadata of one kind, which accounts for so many references to each of them."""
         self._roles.append((role, clusters, references))
 
+    def clusters_of(self, role: str) -> list[int]:
+        """The host clusters with metadata of that kind."""
+        return [cluster for name, clusters, _ in self._roles if name == role for cluster in clusters.tolist()]
+
     def beyond(self, offsets: U64Array) -> BoolArray:
         """Which clusters, by host offset, lie a whole cluster or more past the end of the file."""
         return offsets >= np.uint64(self.file_size)
+
+    def note_beyond(self, offsets: U64Array) -> None:
+        """Damaged entries point there: a repair that makes the file longer puts nothing in these places."""
+        self._beyond.append(np.unique(offsets >> np.uint64(self.geometry.cluster_bits)))
+
+    @property
+    def clusters_beyond(self) -> U64Array:
+        """Host clusters past the end of the file that entries point at, ascending."""
+        return np.unique(np.concatenate(self._beyond)) if self._beyond else np.empty(0, dtype=np.uint64)
 
     # -- L1 tables ----------------------------------------------------------------------------------------------------
 
     def _count_snapshots(self) -> None:
         header = self.header
         mask = self.geometry.cluster_mask
-        tables = load_snapshot_tables(self.file, header, mask, self.file_size, self.findings)
-        self.references_lost |= not tables.complete
+        tables = load_snapshot_tables(self.file, header, mask, self.findings)
         budget = self.file_size  # the tables of honest snapshots lie side by side in it
         for (offset, n_entries), times in tables.l1_tables.items():
             budget -= max(0, min(n_entries * layout.TABLE_ENTRY_LENGTH, self.file_size - offset))
             if budget < 0:
                 found = "more bytes of them than the file has"
                 self.findings.add("check-error", "snapshot L1 tables", None, "tables that do not overlap", found)
-                self.references_lost = True
                 break
             self._count_l1(offset, n_entries, "snapshot L1 table", active=False, times=times)
         structure = "snapshot table"
@@ -184,7 +213,6 @@ class Scan:
 
         def tell(wrong: BoolArray, expected: str) -> None:
             if wrong.any():
-                self.references_lost = True
 
                 def describe(place: int) -> Finding:
                     host_offset, found = offset + place * layout.TABLE_ENTRY_LENGTH, f"{int(table[place]):#x}"
@@ -198,6 +226,8 @@ class Scan:
         tell(unaligned, "a cluster aligned L2 table")
         if active:
             self._check_l1_flags(offset, table, places, l2_offsets)
+        if beyond.any():
+            self.note_beyond(l2_offsets[beyond])
         self._use_l2_tables(l2_offsets[~beyond], active, times)
 
     def _check_l1_flags(self, offset: int, table: U64Array, places: IndexArray, l2_offsets: U64Array) -> None:
@@ -212,7 +242,7 @@ class Scan:
             return Finding("corruption", "entry of the active L1 table", host_offset, expected, f"{int(table[place]):#x}")
 
         wrong_places = places[wrong]
-        self.wrong_flags += wrong_places.size
+        self.n_wrong_flags += wrong_places.size
         self.findings.add_each("corruption", wrong_places, describe, times=wrong_places.size, repairable=True)
 
     def _use_l2_tables(self, l2_offsets: U64Array, active: bool, times: int) -> None:
@@ -232,6 +262,12 @@ class Scan:
         offsets, uses, active_uses = merge_weights(*columns)
         most = np.uint64(_MAX_WEIGHT)
         return offsets, np.minimum(uses, most), np.minimum(active_uses, most)
+
+    def _count_encryption_header(self) -> None:
+        data = self.header.extension(layout.EXTENSION_ENCRYPTION)
+        if data is not None:
+            offset, length = _ENCRYPTION_POINTER.unpack(data)
+            self.count_region("encryption header", offset, length, role="encryption header")
 
     # -- refcount structures ------------------------------------------------------------------------------------------
 
@@ -254,6 +290,7 @@ class Scan:
             places = np.zeros(table.size, dtype=bool)
             places[usable[wrong]] = True
             self._tell_table(places, "a refcount block that nothing else uses")
+        self._refcount_uses.append((clusters, uses.astype(np.uint64)))
         self.add(clusters.astype(np.intp), uses.astype(np.uint64))
         self.set_role("refcount block", clusters, np.ones(clusters.size, dtype=np.uint64))
 
@@ -263,9 +300,10 @@ class Scan:
         def describe(place: int) -> Finding:
             host_offset = self.header.refcount_table_offset + place * layout.TABLE_ENTRY_LENGTH
             found = f"{int(self.stored.table[place]):#x}"
-            return Finding("corruption", "refcount table entry", host_offset, expected, found, False)
+            return Finding("corruption", "refcount table entry", host_offset, expected, found)
 
-        self.findings.add_each("corruption", places, describe, times=places.size)
+        self.n_table_findings += places.size
+        self.findings.add_each("corruption", places, describe, times=places.size, repairable=True)
 
     # -- verdicts -----------------------------------------------------------------------------------------------------
 
@@ -284,18 +322,20 @@ class Scan:
 
     def _find_shared(self) -> None:
         """Metadata that guest data, or metadata of another kind, lies on; a stored count that agrees makes it no better."""
-        parts = []
+        parts, held = [], []
         for role in dict.fromkeys(role for role, _, _ in self._roles):
             clusters, references = merge_weights(
                 np.concatenate([clusters for name, clusters, _ in self._roles if name == role]),
                 np.concatenate([references for name, _, references in self._roles if name == role]),
             )
             places = clusters.astype(np.intp)
+            held.append(places)
             parts.append(places[self.counts[places] != references])
         self.shared = np.unique(np.concatenate(parts))
+        distinct, n_roles = np.unique(np.concatenate(held), return_counts=True)
+        self.mixed = distinct[n_roles > 1]
         if not self.shared.size:
             return
-        self.references_lost = True
         agreed = self.shared[self.stored.counts[self.shared] == self.counts[self.shared]]
 
         def describe(place: int) -> Finding:
@@ -303,6 +343,20 @@ class Scan:
             return Finding("corruption", "host cluster", self._offset(place), expected, found, False)
 
         self.findings.add_each("corruption", agreed, describe, times=agreed.size)
+
+    @property
+    def refcounts_shared(self) -> bool:
+        """Something else lies on the refcount table or on a refcount block."""
+        return bool((self.refcount_references(self.end)[self.shared[self.shared < self.end]] != 0).any())
+
+    def refcount_references(self, end: int) -> CountArray:
+        """For each cluster below `end`: how many of its references are those of the refcount table and its blocks."""
+        references = np.zeros(end, dtype=self.counts.dtype)
+        for clusters, uses in self._refcount_uses:
+            places = clusters.astype(np.intp)
+            inside = places < end
+            references[places[inside]] += uses[inside].astype(references.dtype)
+        return references
 
     def _find_usable_blocks(self) -> BoolArray:
         stored = self.stored
@@ -337,6 +391,11 @@ class Scan:
         """The largest refcount that the image can store, or that `counts` can hold."""
         return self.counts.dtype.type(min(self.geometry.max_refcount, np.iinfo(self.counts.dtype).max))
 
+    def known(self, start: int, stop: int) -> BoolArray:
+        """For each of these clusters: could its stored count be read?"""
+        known = self._known(start, stop)
+        return np.ones(stop - start, dtype=bool) if known is None else known
+
     def _known(self, start: int, stop: int) -> BoolArray | None:
         if not self.stored.any_unknown:
             return None
@@ -354,21 +413,19 @@ class Scan:
         self.findings.add_each("corruption", low, self._describe_low, times=low.size, repairable=True)
 
     def _describe_leak(self, place: int) -> Finding:
-        return self._describe_count("leak", place, repairable=not self.references_lost)
+        return self._describe_count("leak", place)
 
     def _describe_low(self, place: int) -> Finding:
-        block = place >> self.geometry.refcount_block_bits
-        repairable = block < self.stored.table.size and bool(self.usable_blocks[block] or not self.stored.table[block])
-        return self._describe_count("corruption", place, repairable=repairable)
+        return self._describe_count("corruption", place)
 
-    def _describe_count(self, kind: Kind, place: int, *, repairable: bool) -> Finding:
+    def _describe_count(self, kind: Kind, place: int) -> Finding:
         expected, found = str(int(self.counts[place])), str(int(self.stored.counts[place]))
-        return Finding(kind, "refcount of a host cluster", self._offset(place), expected, found, repairable)
+        return Finding(kind, "refcount of a host cluster", self._offset(place), expected, found)
 
     def _describe_unknown(self, place: int) -> Finding:
         expected = str(int(self.counts[place]))
         structure, host_offset = "refcount of a host cluster", self._offset(place)
-        return Finding("check-error", structure, host_offset, expected, "a refcount block that cannot be read", False)
+        return Finding("check-error", structure, host_offset, expected, "a refcount block that cannot be read")
 
     def _offset(self, cluster: int) -> int:
         return cluster << self.geometry.cluster_bits

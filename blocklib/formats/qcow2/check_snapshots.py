@@ -27,24 +27,18 @@ class SnapshotTables:
 
     l1_tables: dict[tuple[int, int], int]
     length: int
-    complete: bool
-    """Every entry could be read and every L1 table looked for."""
 
 
-def load_snapshot_tables(
-    file: ImageFile, header: Header, cluster_mask: int, file_size: int, findings: Findings
-) -> SnapshotTables:
+def load_snapshot_tables(file: ImageFile, header: Header, cluster_mask: int, findings: Findings) -> SnapshotTables:
     """Where the snapshots' L1 tables are; what is wrong with the snapshot table goes to `findings`."""
     l1_tables: dict[tuple[int, int], int] = {}
-    complete = True
     position = header.snapshots_offset
     for index in range(header.nb_snapshots):
         head = read_bytes(file, position, _ENTRY.size)
         l1_offset, l1_size, id_length, name_length, *_, extra_length = _ENTRY.unpack(head.data)
         reason = _why_unreadable(position - header.snapshots_offset, extra_length)
         if reason:
-            findings.add("check-error", f"snapshot table entry {index}", position, *reason)
-            complete = False
+            findings.add("check-error", f"snapshot table entry {index}", position, *reason, repairable=True)
             break
         if header.version >= layout.VERSION_3 and extra_length < layout.SNAPSHOT_V3_EXTRA_LENGTH:
             findings.add(
@@ -53,17 +47,16 @@ def load_snapshot_tables(
                 position,
                 f"at least {layout.SNAPSHOT_V3_EXTRA_LENGTH} bytes of extra data",
                 f"{extra_length} bytes",
+                repairable=True,
             )
-            complete = complete and position < file_size
         place = _why_no_l1_table(l1_offset, l1_size, cluster_mask)
         if place:
             findings.add("corruption", f"snapshot table entry {index}", position, *place)
-            complete = False
         else:
             l1_tables[l1_offset, l1_size] = l1_tables.get((l1_offset, l1_size), 0) + 1
         length = _ENTRY.size + extra_length + id_length + name_length
         position += -(-length // layout.SNAPSHOT_ALIGNMENT) * layout.SNAPSHOT_ALIGNMENT
-    return SnapshotTables(l1_tables, position - header.snapshots_offset, complete)
+    return SnapshotTables(l1_tables, position - header.snapshots_offset)
 
 
 def _why_unreadable(length_before: int, extra_length: int) -> tuple[str, str] | None:

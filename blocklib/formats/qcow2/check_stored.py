@@ -91,7 +91,10 @@ class StoredRefcounts:
 
     def load_block(self, host_offset: int) -> CountArray:
         """The counts of the refcount block at `host_offset`, one for each cluster that it covers."""
-        raw = read_bytes(self._file, host_offset, self._geometry.cluster_size)
+        return self.unpack(read_bytes(self._file, host_offset, self._geometry.cluster_size))
+
+    def unpack(self, raw: NDArray[np.uint8]) -> CountArray:
+        """The counts in the bytes of a refcount block."""
         return unpack_refcounts(raw, self._geometry.refcount_order)
 
     def are_one(self, offsets: U64Array) -> BoolArray:

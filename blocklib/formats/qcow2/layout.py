@@ -216,6 +216,8 @@ SNAPSHOT_EXTRA_FORMAT: Final = ">QQQ"
 """64-bit VM state size, virtual disk size, icount (-1: none); each is present as far as the extra data reaches."""
 SNAPSHOT_V3_EXTRA_LENGTH: Final = 16
 """'Version 3 images must include extra data at least up to byte 55.'"""
+SNAPSHOT_EXTRA_LENGTH: Final = 24
+"""All the extra data that the specification knows."""
 SNAPSHOT_ALIGNMENT: Final = 8
 
 # Section "Bitmap directory" ------------------------------------------------------------------------------------------

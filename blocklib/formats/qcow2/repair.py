@@ -1,14 +1,16 @@
 """Repairing a qcow2 image: the changes of a plan, written so that a crash at any point leaves at worst leaks.
 
-Counts go up first, then flags change, then counts go down, each durable before the next begins.  A version 3 image carries
-the dirty bit meanwhile, so that whoever opens it after a crash repairs it again.
+All of a repair is worked out on a `Draft` first, with the check of what comes out of it.  Then new clusters are written, which
+nothing refers to yet; counts go up; the header switches to new tables, in one sector; table entries change; counts go down;
+each durable before the next begins.  A version 3 image carries the dirty bit meanwhile, so that whoever opens it after a crash
+repairs it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from blocklib.errors import StalePlanError
 from blocklib.formats.qcow2 import layout
@@ -16,9 +18,12 @@ from blocklib.formats.qcow2.check import MAX_FINDINGS, report_of, scan_image
 from blocklib.reports import RepairReport, RepairStep
 
 if TYPE_CHECKING:
+    from blocklib.formats.qcow2.check_scan import Scan
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
-    from blocklib.formats.qcow2.repair_plan import RepairPlan, What
+    from blocklib.formats.qcow2.repair_draft import Draft
+
+What: TypeAlias = Literal["leaks", "all"]
 
 
 class WritableImageFile(Protocol):
@@ -46,69 +51,161 @@ def repair_image(
     max_findings: int = MAX_FINDINGS,
     progress: Callable[[int, int], object] | None = None,
 ) -> RepairReport:
-    """Repair the image in `file`: "leaks" lowers refcounts that are too high, "all" also raises those that are too low.
+    """Repair the image in `file`: "leaks" lowers refcounts that are too high, "all" mends what ``qemu-img check -r all`` does.
 
-    Both correct copied flags, and clear the corrupt bit and the dirty bit of an image that is clean afterwards; "all"
-    clears the dirty bit as soon as no refcount is too low.  Damaged table entries and refcount blocks are left alone and
-    are found again by the check `after`; as long as there are any, no refcount is lowered, since what looks leaked may be
-    what the damaged entry meant.
+    Both correct copied flags ("leaks" only where nothing worse is left), clear autoclear bits of what the image has not, and
+    clear the corrupt bit and the dirty bit of an image without corruptions afterwards.  "all" also raises refcounts, or
+    rebuilds all of them behind the end of the file where they cannot be mended in place; rewrites a damaged snapshot table;
+    removes bitmaps that cannot be read; and takes impossible host offsets out of zero clusters.  Entries that lead nowhere
+    stay as they are, and are found again by the check `after`.
 
     With `dry_run` nothing is written, and `after` is None.  With `expect`, the report of a dry run, the repair is made only
-    if it would do exactly that.  The caller makes sure that nobody else writes, and loads the image anew afterwards: table
-    blocks and `header.incompatible_features` have changed, the latter in `header` too.
+    if it would do exactly that.  The caller makes sure that nobody else writes, and loads the image anew afterwards: `header`
+    is what the file has then, and tables have changed.
 
     Raises:
         StalePlanError: the image needs other steps than `expect` has; nothing was written.
-        UnsupportedFeatureError, ImageLimitError, StorageError: as `check_image`.
+        ImageLimitError, StorageError: as `check_image`.
     """
-    scan = scan_image(file, header, geometry, max_findings=max_findings, progress=progress)
-    from blocklib.formats.qcow2.repair_plan import RepairPlan
-
-    plan = RepairPlan(scan, what)
-    before = report_of(scan, filename)
-    cleared = _bits_to_clear(header, what, plan.will_be_clean, plan.counts_will_suffice)
-    steps = (*plan.steps(), *_bit_steps(header, cleared))
-    if expect is not None and (steps != expect.steps or before != expect.before):
+    plan = _Plan(file, header, geometry, what, max_findings, progress)
+    before = report_of(plan.before, filename)
+    if expect is not None and (plan.steps != expect.steps or before != expect.before):
         raise StalePlanError(f"{filename}: the image has changed since the repair was planned", node=filename)
     if dry_run:
-        return RepairReport(steps, before)
-    after_scan = scan
-    if plan.changes_tables:
-        was_dirty = header.incompatible_features & layout.INCOMPATIBLE_DIRTY
-        _write_changes(file, header, plan)
-        # Without progress, whose callback may end the work: the dirty bit comes off only after this.
-        after_scan = scan_image(file, header, geometry, max_findings=max_findings, progress=None)
-        cleared = _bits_to_clear(header, what, after_scan.is_clean, after_scan.counts_suffice)
-        if not was_dirty:  # the bit on disk is ours
-            cleared |= header.incompatible_features & layout.INCOMPATIBLE_DIRTY
-    if cleared:
-        _set_features(file, header, header.incompatible_features & ~cleared)
-    after = replace(
-        report_of(after_scan, filename),
-        corruptions_fixed=plan.n_raised + plan.n_flags,
-        leaks_fixed=plan.n_lowered,
-    )
-    return RepairReport(steps, before, after)
+        return RepairReport(plan.steps, before)
+    _write(file, header, plan)
+    after = replace(report_of(plan.after, filename), corruptions_fixed=plan.corruptions_fixed, leaks_fixed=plan.leaks_fixed)
+    return RepairReport(plan.steps, before, after)
 
 
-def _write_changes(file: WritableImageFile, header: Header, plan: RepairPlan) -> None:
-    unordered = plan.raised.clusters.size or plan.flag_tables
-    if unordered and header.version >= layout.VERSION_3:
+class _Plan:
+    """A repair on a draft: its steps, the checks before and after it, and what has to be written."""
+
+    def __init__(
+        self,
+        file: WritableImageFile,
+        header: Header,
+        geometry: Geometry,
+        what: What,
+        max_findings: int,
+        progress: Callable[[int, int], object] | None,
+    ) -> None:
+        self._max_findings = max_findings
+        self._geometry = geometry
+        self._header = header
+        self.before = scan_image(file, header, geometry, max_findings=max_findings, progress=progress)
+        from blocklib.formats.qcow2.repair_draft import Draft
+
+        self.draft = Draft(file, header, geometry)
+        self.corruptions_fixed = self.leaks_fixed = 0
+        steps = self._mend_references(what == "all")
+        scan = self.before if self.draft.is_unchanged else self._scan()
+        steps += self._mend_counts(scan, what)
+        if self.draft.changes_header:
+            self.draft.header_change()  # a damaged L1 entry may take the header for an L2 table
+        self.after = self.before if self.draft.is_unchanged else self._scan()
+        self.cleared = self._bits_to_clear(what)
+        place = layout.FIELD_OFFSETS["incompatible_features"]
+        names = {layout.INCOMPATIBLE_DIRTY: "dirty bit", layout.INCOMPATIBLE_CORRUPT: "corrupt bit"}
+        steps += [
+            RepairStep(f"clear {name}", "header", place, "set", "clear") for bit, name in names.items() if self.cleared & bit
+        ]
+        self.steps = tuple(steps)
+
+    def _scan(self) -> Scan:
+        # Without progress: it has told of a whole check already.
+        return scan_image(self.draft, self.draft.header, self._geometry, max_findings=self._max_findings, progress=None)
+
+    def _mend_references(self, everything: bool) -> list[RepairStep]:
+        """What changes which clusters are referred to; the counts follow."""
+        from blocklib.formats.qcow2.repair_bitmaps import clear_autoclear, remove_broken_bitmaps
+        from blocklib.formats.qcow2.repair_entries import TableFixer
+        from blocklib.formats.qcow2.repair_snapshots import SnapshotRepair
+
+        draft, scan = self.draft, self.before
+        steps: list[RepairStep] = []
+        if everything:
+            snapshots = SnapshotRepair(draft, scan)
+            steps += snapshots.apply()
+            removed = list(remove_broken_bitmaps(draft, scan))
+            fixer = TableFixer(draft, scan)
+            steps += removed
+            if scan.walk.zeroes_unaligned:
+                steps += fixer.forget_zeroes()
+            if scan.shared.size and not scan.has_data_file:
+                steps += fixer.move_data_off_metadata()
+            self.corruptions_fixed += snapshots.n_fixed + fixer.n_fixed
+            if removed:
+                self.corruptions_fixed += scan.bitmaps.n_findings
+        steps += clear_autoclear(draft)
+        return steps
+
+    def _mend_counts(self, scan: Scan, what: What) -> list[RepairStep]:
+        import numpy as np
+
+        from blocklib.formats.qcow2.repair_counts import CountRepair
+        from blocklib.formats.qcow2.repair_entries import TableFixer
+
+        moved = np.array(self.draft.moved, dtype=np.intp)
+        counts = CountRepair(self.draft, scan, self._scan, raises=what == "all", moved=moved)
+        steps = list(counts.apply())
+        self.corruptions_fixed += counts.n_raised + counts.n_table_fixes
+        self.leaks_fixed = counts.n_lowered
+        totals = scan.findings.totals
+        only_flags = totals["corruption"] == scan.n_wrong_flags and not totals["check-error"]
+        if what == "all" or (only_flags and counts.n_lowered == totals["leak"]):
+            fixer = TableFixer(self.draft, scan)
+            if steps or scan.n_wrong_flags:
+                steps += fixer.correct_flags()
+            self.corruptions_fixed += fixer.n_fixed
+        return steps
+
+    def _bits_to_clear(self, what: What) -> int:
+        """The incompatible feature bits that no longer say the truth."""
+        bits = 0
+        totals = self.after.findings.totals
+        sound = not (totals["corruption"] or totals["check-error"])
+        if sound or (what == "all" and self.after.counts_suffice):
+            bits |= layout.INCOMPATIBLE_DIRTY
+        if sound:
+            bits |= layout.INCOMPATIBLE_CORRUPT
+        return bits & self._header.incompatible_features
+
+
+def _write(file: WritableImageFile, header: Header, plan: _Plan) -> None:
+    """Bring a plan to the disk, and what it makes of the header into `header`."""
+    from blocklib.formats.qcow2.repair_draft import COUNTS_DOWN, COUNTS_UP, ENTRIES, NEW
+
+    draft = plan.draft
+    features = header.incompatible_features & ~plan.cleared
+    in_parts = draft.writes[COUNTS_UP] or draft.writes[ENTRIES] or draft.changes_header
+    if in_parts and header.version >= layout.VERSION_3:
         _set_features(file, header, header.incompatible_features | layout.INCOMPATIBLE_DIRTY)
-    _write_all(file, plan.count_writes(plan.raised))
-    _write_all(file, plan.link_writes())
-    _write_all(file, plan.flag_writes())
-    _write_all(file, plan.count_writes(plan.lowered))
+    _write_all(file, draft.writes[NEW])
+    _write_all(file, draft.writes[COUNTS_UP])
+    if draft.changes_header:
+        _rewrite_header(file, header, draft)
+    _write_all(file, draft.writes[ENTRIES])
+    _write_all(file, draft.writes[COUNTS_DOWN])
+    _set_features(file, header, features)
 
 
-def _write_all(file: WritableImageFile, writes: Iterable[tuple[int, bytes]]) -> None:
+def _write_all(file: WritableImageFile, writes: Sequence[tuple[int, bytes]]) -> None:
     """Write each (host offset, bytes); durable when this returns."""
-    written = False
     for offset, data in writes:
         file.write(offset, (data,))
-        written = True
-    if written:
+    if writes:
         file.flush()
+
+
+def _rewrite_header(file: WritableImageFile, header: Header, draft: Draft) -> None:
+    """Switch to the draft's header: one sector, so that all its tables change at once."""
+    draft.header.incompatible_features = header.incompatible_features
+    change = draft.header_change()
+    _write_all(file, change.rest)
+    _write_all(file, ((0, change.first),))
+    for field in fields(header):
+        setattr(header, field.name, getattr(change.header, field.name))
 
 
 def _set_features(file: WritableImageFile, header: Header, features: int) -> None:
@@ -117,19 +214,3 @@ def _set_features(file: WritableImageFile, header: Header, features: int) -> Non
         data = features.to_bytes(8, "big")
         _write_all(file, ((layout.FIELD_OFFSETS["incompatible_features"], data),))
         header.incompatible_features = features
-
-
-def _bits_to_clear(header: Header, what: What, clean: bool, counts_right: bool) -> int:
-    """The incompatible feature bits that no longer say the truth."""
-    bits = 0
-    if clean or (what == "all" and counts_right):
-        bits |= layout.INCOMPATIBLE_DIRTY
-    if clean:
-        bits |= layout.INCOMPATIBLE_CORRUPT
-    return bits & header.incompatible_features
-
-
-def _bit_steps(header: Header, cleared: int) -> list[RepairStep]:
-    place = layout.FIELD_OFFSETS["incompatible_features"]
-    names = {layout.INCOMPATIBLE_DIRTY: "dirty bit", layout.INCOMPATIBLE_CORRUPT: "corrupt bit"}
-    return [RepairStep(f"clear {name}", "header", place, "set", "clear") for bit, name in names.items() if cleared & bit]
