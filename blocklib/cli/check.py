@@ -27,8 +27,10 @@ from blocklib.cli.output import json_text, printable
 from blocklib.cli.session import Failure, Session
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from blocklib.disk import Disk
-    from blocklib.reports import CheckReport
+    from blocklib.reports import CheckReport, RepairStep
 
 SYNTAX = Syntax(
     "FILE",
@@ -36,6 +38,7 @@ SYNTAX = Syntax(
     (
         FORMAT,
         Option(("-r", "--repair"), "leaks|all", "repair what is found: leaks only, or everything"),
+        Option(("--plan",), None, "with -r: print what the repair would do, and change nothing"),
         progress.AS_JSON,
         QUIET,
         OUTPUT,
@@ -58,16 +61,19 @@ def run(session: Session, given: Given) -> int:
     as_json = wants_json(given)
     if given.last("-r") not in (None, "leaks", "all"):
         raise Failure(f"-r {given.last('-r')}: repairs 'leaks' or 'all'")
+    if given.has("--plan") and not given.has("-r"):
+        raise Failure("--plan shows what a repair would do: say which with -r leaks or -r all")
     with _open(given) as disk, progress.reporter(session, given, "check") as reporter:
         if disk.chain()[0].driver not in _CHECKED_FORMATS:
             raise Failure("images of this format have nothing that could be checked", code=_EXIT_NO_CHECKS)
-        report = _checked(session, given, disk, reporter)
+        report, plan = _checked(session, given, disk, reporter)
     if given.has("-q"):
         return exit_code(report)
     if as_json:
-        print(json_text(json_of(report)))
+        found = json_of(report) if plan is None else {**json_of(report), "plan": [step_of(step) for step in plan]}
+        print(json_text(found))
     else:
-        print("\n".join([*repaired_lines(report), *human_lines(report)]))
+        print("\n".join([*planned_lines(plan), *repaired_lines(report), *human_lines(report)]))
     return exit_code(report)
 
 
@@ -81,7 +87,7 @@ def _open(given: Given) -> Disk:
     direct, no_flush, _writethrough = cache_flags(cache_mode(given, "-T", "writeback"))
     return open_metadata(
         target_of(name, untrusted=untrusted),
-        "r+" if given.has("-r") else "r",
+        "r+" if given.has("-r") and not given.has("--plan") else "r",
         format=name.format,
         force_share=given.has("-U"),
         guess_raw=not untrusted,
@@ -89,20 +95,25 @@ def _open(given: Given) -> Disk:
     )
 
 
-def _checked(session: Session, given: Given, disk: Disk, reporter: progress.Reporter) -> CheckReport:
-    """The state of the image in the end; what was found on the way is printed on standard error."""
+def _checked(
+    session: Session, given: Given, disk: Disk, reporter: progress.Reporter
+) -> tuple[CheckReport, tuple[RepairStep, ...] | None]:
+    """The state of the image in the end, and the steps of a plan; what was found on the way goes to standard error."""
     from blocklib import jobs
 
     what = given.last("-r")
     if what is None:
         report = run_job(session, lambda: jobs.check(disk), reporter)
         _print_findings(report)
-        return report
-    repair = run_job(session, lambda: jobs.repair(disk, "all" if what == "all" else "leaks"), reporter)
+        return report, None
+    dry_run = given.has("--plan")
+    repair = run_job(session, lambda: jobs.repair(disk, "all" if what == "all" else "leaks", dry_run=dry_run), reporter)
     _print_findings(repair.before)
+    if dry_run:
+        return repair.before, repair.steps
     for step in repair.steps:
         print(printable(str(step)), file=sys.stderr)
-    return repair.after or repair.before
+    return repair.after or repair.before, None
 
 
 def _print_findings(report: CheckReport) -> None:
@@ -144,6 +155,22 @@ def json_of(report: CheckReport) -> dict[str, Any]:
     if report.fragmented_clusters:
         found["fragmented-clusters"] = report.fragmented_clusters
     return found
+
+
+def step_of(step: RepairStep) -> dict[str, Any]:
+    """One step of a plan as JSON; there is no host offset where a step is about no one place."""
+    place = {} if step.host_offset is None else {"host-offset": step.host_offset}
+    return {"action": step.action, "structure": step.structure, **place, "before": step.before, "after": step.after}
+
+
+def planned_lines(plan: Sequence[RepairStep] | None) -> list[str]:
+    """What a repair would do, before the lines that tell the state of the image."""
+    if plan is None:
+        return []
+    if not plan:
+        return ["There is nothing to repair.", ""]
+    steps = [f"    {printable(str(step))}" for step in plan]
+    return ["The repair would take these steps:", "", *steps, "", "Nothing was changed.", ""]
 
 
 def repaired_lines(report: CheckReport) -> list[str]:

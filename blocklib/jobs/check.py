@@ -34,7 +34,7 @@ def check(
     """Follow every reference of an image and compare with what it counts; changes nothing.
 
     Damage is what the report is for, and no error.  Opens no file but `target`.  Raises UnsupportedFeatureError for a
-    format that cannot be checked, or an image with features that we cannot count yet.
+    format that cannot be checked.
     """
     task = _Check(target, format, force_share)
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
@@ -51,7 +51,7 @@ def repair(
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Job[RepairReport]:
-    """Repair an image: its "leaks", or "all" that can be repaired without guessing.
+    """Repair an image: its "leaks", or or "all" that ``qemu-img check -r all`` repairs.
 
     With `dry_run` nothing changes, and the steps say what would be done.  With `expect`, the report of a dry run, exactly
     that is done, or nothing (StalePlanError).  Raises what `check` does, ReadOnlyError, LockedError.

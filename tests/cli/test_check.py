@@ -14,6 +14,7 @@ from blocklib.cli.check import exit_code, human_lines, json_of, repaired_lines
 from blocklib.reports import CheckReport
 from tests.cli.images import chain
 from tests.cli.running import CommandLine
+from tests.damage import IMAGES
 from tests.programs import Program
 
 CLUSTER = 65536
@@ -160,6 +161,43 @@ def test_what_cannot_be_checked_is_one_line_and_its_own_exit_code(
 ) -> None:
     (here / "a").write_bytes(bytes(1024))
     assert part in blocklib.fails("check", *arguments, code=code)
+
+
+def test_a_plan_says_what_a_repair_would_do_and_changes_nothing(blocklib: CommandLine, image: Path) -> None:
+    _both(image)
+    before = image.read_bytes()
+    planned = blocklib.run("check", "-r", "all", "--plan", image)
+    assert planned.code == 2
+    lines = planned.out.splitlines()
+    assert lines[0] == "The repair would take these steps:"
+    assert "Nothing was changed." in lines
+    told = [line.strip() for line in lines if line.startswith("    ")]
+    plan = blocklib.json("check", "-r", "all", "--plan", image, code=2)["plan"]
+    assert [step["action"] for step in plan] == ["raise refcounts", "lower refcounts"]
+    assert all(step["host-offset"] == _refcount_block(image) for step in plan)
+    assert image.read_bytes() == before
+    done = blocklib.run("check", "-r", "all", image)
+    assert done.code == 0
+    assert done.err.splitlines()[-len(told) :] == told
+    assert blocklib("check", "-r", "all", "--plan", image).startswith("There is nothing to repair.\n")
+
+
+def test_a_plan_needs_a_repair(blocklib: CommandLine, image: Path) -> None:
+    assert "-r" in blocklib.fails("check", "--plan", image, code=1)
+
+
+@pytest.mark.parametrize("recipe", ["extended L2", "data file", "LUKS", "bitmaps"])
+def test_images_with_every_feature_are_checked_without_what_they_name(
+    blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path, recipe: str
+) -> None:
+    made = IMAGES[recipe].make(qemu_img, qemu_io, here / "image.qcow2")
+    if recipe == "LUKS":
+        report = blocklib.json("check", made.path)
+        assert report["allocated-clusters"] == 8
+        return
+    theirs = [qemu_img("check", made.path), qemu_img("check", "--output=json", made.path)]
+    (here / "image.data").unlink(missing_ok=True)
+    assert [blocklib("check", made.path), blocklib("check", "--output=json", made.path)] == theirs
 
 
 def _report(**counts: Any) -> CheckReport:
