@@ -7,6 +7,7 @@ image on top of the chain; a persistent one is stored in that image when the dis
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,13 @@ class Bitmap:
         """Forget it."""
         with graph.drained(self._node()):
             self._tracking.remove(self._bitmap)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block runs the bitmap is busy, so that nobody changes or removes it; writes are noted as before."""
+        self._node()
+        with self._tracking.held(self._bitmap):
+            yield
 
     def _node(self) -> Node:
         """The disk's top node.  Raises ClosedError."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
 
 from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UnsupportedFeatureError, UsageError
@@ -176,6 +176,11 @@ class Node:
 
         return PendingChange(commit, lambda: None)
 
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Whether dirty bitmaps can be stored in this image."""
+        return False
+
     def bitmap_store(self) -> BitmapStore | None:
         """Where dirty bitmaps outlive the node; None where the format stores none.  Raises ImageError."""
         return None
@@ -326,6 +331,14 @@ class Node:
         `data_bytes(unit)` tells how much of it will hold data, in whole units.  Raises OptionError.
         """
         raise cls._incapable("measured")
+
+    @classmethod
+    def measure_bitmaps(cls, options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]]) -> int | None:
+        """Bytes that bitmaps (name, granularity in bytes) take in a new image with checked creation `options`.
+
+        None where such an image stores none.
+        """
+        return None
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
         """Compare what the image refers to with what it counts; `progress` hears of bytes looked at and in total.

@@ -86,6 +86,8 @@ class ConvertResult:
     seconds: float
     unreadable: tuple[tuple[int, int], ...] = ()
     """(guest offset, length) of what a salvaging convert could not read; it is zero in the target."""
+    skipped_bitmaps: tuple[str, ...] = ()
+    """Names of inconsistent bitmaps that were left out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ from blocklib.cli.create import CREATION_OPTIONS, check_backing, check_distinct,
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
 from blocklib.cli.output import print_error
 from blocklib.cli.session import Failure, Session
-from blocklib.errors import UnsupportedFeatureError
 from blocklib.sizes import MiB
 
 if TYPE_CHECKING:
@@ -81,7 +80,6 @@ def run(session: Session, given: Given) -> int:
         return 0
     if len(given.operands) < 2:
         raise UsageFailure("expects one file name or more, and that of the target")
-    _refuse_what_is_not_there(given)
     _check_combination(given)
     *names, target_name = given.operands
     source_cache = cache_mode(given, "-T", "writeback")
@@ -102,23 +100,21 @@ def run(session: Session, given: Given) -> int:
         with report:
             result = run_job(session, start, report)
             report.finish()
+    for name in result.skipped_bitmaps:
+        print_error(session.program, f"warning: the bitmap '{name}' is inconsistent; it was not copied")
     for offset, length in result.unreadable:
         print_error(session.program, f"warning: {length} bytes at {offset} could not be read; they are zeroes in the copy")
     return 0
-
-
-def _refuse_what_is_not_there(given: Given) -> None:
-    for option, what in (("--bitmaps", "bitmaps"),):
-        if given.has(option):
-            raise UnsupportedFeatureError(f"convert {option}: {what} are not supported yet", features=(what,))
 
 
 def _check_combination(given: Given) -> None:
     """Raises Failure for options that exclude each other, or that need one that is missing."""
     if given.has("-l") and len(given.operands) > 2:
         raise Failure("-l is for one image: snapshots are not joined to one disk")
-    if given.has("--skip-broken-bitmaps"):
+    if given.has("--skip-broken-bitmaps") and not given.has("--bitmaps"):
         raise Failure("--skip-broken-bitmaps needs --bitmaps")
+    if given.has("--bitmaps") and len(given.operands) > 2:
+        raise Failure("--bitmaps is for one image: those of several do not make one")
     if given.has("-n"):
         if given.has("-o"):
             raise Failure("-o says how a target is created, and with -n none is")
@@ -186,6 +182,8 @@ def _into_target(given: Given, sources: list[Disk], target: Disk) -> Job[Convert
         unordered=given.has("-W"),
         sparse_size=_sparse_size(given),
         salvage=given.has("--salvage"),
+        bitmaps=given.has("--bitmaps"),
+        skip_broken_bitmaps=given.has("--skip-broken-bitmaps"),
         speed=_speed(given),
     )
 
@@ -213,5 +211,7 @@ def _into_new(given: Given, sources: list[Disk], text: str, driver: str, cache: 
         cache=cache,
         sparse_size=_sparse_size(given),
         salvage=given.has("--salvage"),
+        bitmaps=given.has("--bitmaps"),
+        skip_broken_bitmaps=given.has("--skip-broken-bitmaps"),
         speed=_speed(given),
     )

@@ -46,9 +46,13 @@ _HELP_COLUMN = 26
 class Given:
     """A parsed command line.  An option is asked for by its first name, whichever of its names was used."""
 
-    def __init__(self, values: dict[str, list[str]], operands: list[str]) -> None:
+    def __init__(
+        self, values: dict[str, list[str]], operands: list[str], sequence: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self._values = values
         self.operands = operands
+        self.sequence = tuple(sequence)
+        """(first name, value or "") of every option, in the order of the command line."""
 
     def has(self, name: str) -> bool:
         return name in self._values
@@ -73,9 +77,10 @@ def parse(syntax: Syntax, arguments: Sequence[str]) -> Given:
     except _getopt.GetoptError as exc:
         raise UsageFailure(_explain(exc, options)) from None
     values: dict[str, list[str]] = {}
-    for name, value in found:
-        values.setdefault(first_name[name], []).append(value)
-    return Given(values, operands + signed)
+    sequence = [(first_name[name], value) for name, value in found]
+    for name, value in sequence:
+        values.setdefault(name, []).append(value)
+    return Given(values, operands + signed, sequence)
 
 
 def _stdlib_tables(options: Sequence[Option]) -> tuple[str, list[str]]:

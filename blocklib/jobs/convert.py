@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from blocklib import drivers
 from blocklib.creating import create
 from blocklib.disk import Disk
 from blocklib.errors import (
@@ -20,16 +21,19 @@ from blocklib.errors import (
     UnsupportedFeatureError,
     UsageError,
 )
+from blocklib.jobs.bitmap_copy import copied, refuse_target, stored_bitmaps
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import SECTOR, Concatenation, opened, same_file
 from blocklib.jobs.job import Job
 from blocklib.jobs.runs import COMPARE, COPY, SKIP, Run, coalesced, runs_above, without_equal_zeroes, without_small_zeroes
 from blocklib.opening import FROM_IMAGE, FromImage, open_disk
+from blocklib.options import check_options
 from blocklib.policy import resolve_backing_name
 from blocklib.reports import ConvertResult
 
 if TYPE_CHECKING:
+    from blocklib.bitmaps import Bitmap
     from blocklib.options import CacheMode, OptionValue
     from blocklib.policy import References, Target
 
@@ -55,6 +59,8 @@ def convert(
     target_is_zero: bool = False,
     unordered: bool = False,
     salvage: bool = False,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
     speed: int = 0,
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
@@ -71,6 +77,8 @@ def convert(
     - `sparse_size`: zeroes of that many bytes become holes; 0 writes them all, so that the target is fully allocated.
     - `target_is_zero`: the open target reads as zero everywhere, so that zeroes need not be written.
     - `unordered`: write in any order.  `salvage`: what cannot be read becomes zero, and is listed in the result.
+    - `bitmaps`: the new image gets the persistent bitmaps of the one source's top image; with `skip_broken_bitmaps` without
+      those that are inconsistent, which the result lists.
     - `speed`: bytes a second at most; 0 is no limit.
 
     Raises UsageError, OutOfRangeError (the target is too small), and what opening, reading and writing raise.
@@ -101,9 +109,15 @@ def convert(
         )
         if end.backing is not None and (len(sources) > 1 or target_is_zero):
             raise UsageError("a target with a backing file has one source, and is not zero")
+    if bitmaps and len(sources) > 1:
+        raise UsageError("bitmaps are copied from one source, not from several")
+    if skip_broken_bitmaps and not bitmaps:
+        raise UsageError("skip_broken_bitmaps is for a convert with bitmaps")
     task = _Convert(
         sources,
         end,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
         sparse_size=sparse_size,
         target_is_zero=target_is_zero,
         threads=threads,
@@ -124,25 +138,45 @@ class _Convert(Task[ConvertResult]):
     threads: int | None
     unordered: bool
     salvage: bool
+    bitmaps: bool
+    skip_broken_bitmaps: bool
 
     def run(self, control: Control) -> ConvertResult:
         began = time.monotonic()
         with ExitStack() as stack:
             source = Concatenation([stack.enter_context(opened(item)) for item in self.sources])
+            bitmaps, skipped = self._bitmaps(source)
             new = self.target.make(source.size) if isinstance(self.target, NewImage) else opened(self.target, "r+")
             target = stack.enter_context(new)
             if target.size < source.size:
                 raise OutOfRangeError(f"the target has {target.size} bytes, {source.size} are to be copied")
+            if self.bitmaps and not target.node.stores_bitmaps:
+                raise refuse_target(target.node.filename or target.node.name, target.node.driver)
             control.set_total(source.size)
-            copy = self._copy(control, source, target)
-            target.flush()
+            with copied(bitmaps, target):
+                copy = self._copy(control, source, target)
+                target.flush()
             occupied = target.node.allocated_size()
         return ConvertResult(
             bytes_read=copy.bytes_read,
             bytes_written=copy.bytes_written if occupied is None else occupied,
             seconds=time.monotonic() - began,
             unreadable=copy.unreadable,
+            skipped_bitmaps=skipped,
         )
+
+    def _bitmaps(self, source: Concatenation) -> tuple[list[Bitmap], tuple[str, ...]]:
+        """The bitmaps to copy and the names of those to skip.  Whatever can be refused is, before a target is made."""
+        if not self.bitmaps:
+            return [], ()
+        found = stored_bitmaps(source.disks[0], skip_broken=self.skip_broken_bitmaps)
+        target = self.target
+        if isinstance(target, NewImage):
+            if not target.stores_bitmaps:
+                raise refuse_target(target.name, target.driver)
+        elif target.size != source.size and found[0]:
+            raise UsageError(f"the target has {target.size} bytes, and bitmaps for {source.size} do not fit it")
+        return found
 
     def abort(self) -> None:
         if isinstance(self.target, NewImage):
@@ -229,6 +263,21 @@ class NewImage:
     def is_zero(self) -> bool:
         """Whether all of it reads as zero once it was made."""
         return self.backing is None and not self._is_device
+
+    @property
+    def name(self) -> str:
+        """What is to be created, for people."""
+        return os.fspath(self._target) if isinstance(self._target, (str, os.PathLike)) else "the target"
+
+    @property
+    def driver(self) -> str:
+        return self._format or "raw"
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        """Whether such an image can store bitmaps.  Raises OptionError."""
+        options = check_options(self.driver, self._options, table="create")
+        return drivers.load(self.driver).measure_bitmaps({**options, "size": 0}, ()) is not None
 
     def make(self, size: int) -> Disk:
         """Create it with `size` bytes and open it for writing."""

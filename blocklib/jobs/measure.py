@@ -61,7 +61,7 @@ class _Measure(Task[MeasureResult]):
         with opened(self.source) as disk:
             control.set_total(disk.size)
             result = self._result(disk.size, _watched(control, runs_of(disk, 0, disk.size)))
-            bitmaps = 0 if self._has_bitmaps(disk) else None
+            bitmaps = self._bitmaps(disk)
         return MeasureResult(result.required, result.fully_allocated, bitmaps)
 
     def _result(self, size: int, runs: Iterable[Run]) -> MeasureResult:
@@ -73,10 +73,12 @@ class _Measure(Task[MeasureResult]):
         required, fully_allocated = drivers.load(self.format).measure({**self.options, "size": size}, data_bytes)
         return MeasureResult(required, fully_allocated)
 
-    def _has_bitmaps(self, disk: Disk) -> bool:
-        """Whether source and new image could both have bitmaps."""
-        is_new_enough = self.options.get("compat") in ("1.1", "v3")
-        return is_new_enough and disk.node.format_specific().get("compat") == "1.1"
+    def _bitmaps(self, disk: Disk) -> int | None:
+        """What the stored bitmaps of the source take in the new image; None unless both can have some."""
+        if not disk.node.stores_bitmaps:
+            return None
+        stored = [(bitmap.name, bitmap.granularity) for bitmap in disk.bitmaps if bitmap.persistent]
+        return drivers.load(self.format).measure_bitmaps({**self.options, "size": disk.size}, stored)
 
 
 def _watched(control: Control, runs: Iterable[Run]) -> Iterable[Run]:

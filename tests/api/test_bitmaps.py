@@ -276,9 +276,7 @@ def test_a_held_bitmap_is_busy() -> None:
     make_disk("disk.qcow2", 8 * MiB)
     with blocklib.open("disk.qcow2", "r+") as disk:
         bitmap = disk.bitmaps.add("b")
-        tracking = disk.node.bitmaps
-        assert tracking is not None
-        with tracking.held(tracking.get("b")):
+        with bitmap.held():
             assert bitmap.busy
             assert "busy" in repr(bitmap)
             with pytest.raises(blocklib.GraphConflictError):

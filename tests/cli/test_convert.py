@@ -166,7 +166,6 @@ def test_help_for_options_copies_nothing(blocklib: CommandLine, here: Path, oper
         (["-l", "snapshot.foo=x", "data.qcow2", "ours"], "snapshot.foo"),
         (["-l", "snapshot.id=1,foo=2", "data.qcow2", "ours"], "snapshot.name"),
         (["-l", "snapshot.id.x=1", "data.qcow2", "ours"], "snapshot.id.x"),
-        (["--bitmaps", "data.qcow2", "ours"], "bitmaps"),
         (["--skip-broken-bitmaps", "data.qcow2", "ours"], "--bitmaps"),
         (["-n", "-o", "compat=1.1", "-O", "qcow2", "data.qcow2", "ours"], "-o"),
         (["-n", "data.qcow2", "ours"], "ours"),

@@ -7,7 +7,7 @@ accepted as a whole or not at all; extra data of an entry, which nobody has defi
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,16 @@ def data_length(size: int, granularity_bits: int) -> int:
     """Bytes of data that a bitmap of a disk of `size` bytes needs: one bit for each `1 << granularity_bits` bytes."""
     bits = (size + (1 << granularity_bits) - 1) >> granularity_bits
     return (bits + 7) // 8
+
+
+def measured_length(geometry: Geometry, size: int, bitmaps: Iterable[tuple[bytes, int]]) -> int:
+    """Bytes, in whole clusters, that bitmaps (name, granularity_bits) of a disk of `size` bytes take at most."""
+    clusters = directory = 0
+    for name, granularity_bits in bitmaps:
+        data = geometry.clusters_for(data_length(size, granularity_bits))
+        clusters += data + geometry.clusters_for(data * layout.TABLE_ENTRY_LENGTH)
+        directory += entry_length(len(name))
+    return (clusters + geometry.clusters_for(directory)) << geometry.cluster_bits
 
 
 # The extension -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ replaced are given back after that write is durable.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from blocklib.dirty_bits import DirtyBits
 from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError, UsageError
@@ -23,15 +23,17 @@ from blocklib.formats.qcow2.bitmap_directory import (
     DirectoryEntry,
     data_length,
     entry_length,
+    measured_length,
     pack_directory,
     pack_extension,
     parse_directory,
     parse_extension,
     parse_table,
 )
+from blocklib.formats.qcow2.create import header_for
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
-from blocklib.tracking import BitmapStore, DirtyBitmap, check_name
+from blocklib.tracking import BitmapStore, DirtyBitmap, Tracking, check_name
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -80,6 +82,25 @@ def described(node: Qcow2Node) -> list[dict[str, object]]:
     return found
 
 
+def measured_for(options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]]) -> int | None:
+    """Bytes that bitmaps (name, granularity in bytes) take in a new image; None for one of version 2, which stores none."""
+    header = header_for(options["size"], options)
+    if header.version == layout.VERSION_2:
+        return None
+    packed = ((check_name(name), granularity.bit_length() - 1) for name, granularity in bitmaps)
+    return measured_length(header.geometry(), header.size, packed)
+
+
+def tracked(node: Qcow2Node) -> Tracking:
+    """The bitmaps of an image that is about to be written.
+
+    Raises ImageError where they make no sense or cannot be kept up: nothing may be written then.
+    """
+    store = StoredBitmaps(node)
+    store.refuse_what_cannot_be_kept_up()
+    return Tracking(node, store)
+
+
 class StoredBitmaps(BitmapStore):
     """The bitmaps of one open image.  Its Tracking serialises the calls."""
 
@@ -120,13 +141,7 @@ class StoredBitmaps(BitmapStore):
 
     def check_new(self, name: bytes, granularity: int, persistent: Sequence[DirtyBitmap]) -> None:
         node = self._node
-        if node.header.version == layout.VERSION_2:
-            raise UnsupportedFeatureError(
-                f"{node.filename}: an image with compat=0.10 cannot store bitmaps",
-                features=("persistent bitmaps",),
-                structure="header",
-                node=node.filename,
-            )
+        self._refuse_version_2()
         if len(persistent) >= node.limits.bitmaps:
             raise self._limit("bitmaps", f"at most {node.limits.bitmaps} bitmaps", str(len(persistent) + 1))
         clusters = node.geometry.clusters_for(data_length(node.size, granularity.bit_length() - 1))
@@ -141,6 +156,16 @@ class StoredBitmaps(BitmapStore):
         trial = replace(node.header, extensions=list(node.header.extensions))
         trial.set_extension(layout.EXTENSION_BITMAPS, pack_extension(BitmapsExtension(1, 0, 0)))
         plan_rewrite(trial, b"")  # raises where the header has no room for the extension
+
+    def _refuse_version_2(self) -> None:
+        node = self._node
+        if not node.stores_bitmaps:
+            raise UnsupportedFeatureError(
+                f"{node.filename}: an image with compat=0.10 cannot store bitmaps",
+                features=("persistent bitmaps",),
+                structure="header",
+                node=node.filename,
+            )
 
     def _limit(self, structure: str, expected: str, found: str) -> ImageLimitError:
         return ImageLimitError(
@@ -227,6 +252,8 @@ class StoredBitmaps(BitmapStore):
 
     def save(self, bitmaps: Sequence[DirtyBitmap]) -> None:
         node = self._node
+        if bitmaps:
+            self._refuse_version_2()
         taken: list[tuple[int, int]] = []
         with node.writeback.structure:
             node.writeback.flush()

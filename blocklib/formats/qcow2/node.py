@@ -7,13 +7,13 @@ accepted, and nothing at all to an image that is open read-only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError, UsageError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import data_file, layout, special, telling, writing
+from blocklib.formats.qcow2 import autoclear, data_file, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
@@ -224,22 +224,19 @@ class Qcow2Node(Node):
                 found=f"{header.incompatible_features:#x}",
                 node=self.filename,
             )
-        self._load_bitmaps()
+        if self.bitmaps is None and header.has_bitmaps:
+            from blocklib.formats.qcow2.bitmaps import tracked
+
+            self.bitmaps = tracked(self)
+
+    @property
+    def stores_bitmaps(self) -> bool:
+        return self.header.version > layout.VERSION_2
 
     def bitmap_store(self) -> BitmapStore:
         from blocklib.formats.qcow2.bitmaps import StoredBitmaps
 
         return StoredBitmaps(self)
-
-    def _load_bitmaps(self) -> None:
-        """Read the directory, so that nothing is written to an image whose bitmaps cannot be kept up."""
-        if self.bitmaps is None and self.header.has_bitmaps:
-            from blocklib.formats.qcow2.bitmaps import StoredBitmaps
-            from blocklib.tracking import Tracking
-
-            store = StoredBitmaps(self)
-            store.refuse_what_cannot_be_kept_up()
-            self.bitmaps = Tracking(self, store)
 
     def _unsupported(self, feature: str, verb: str) -> UnsupportedFeatureError:
         return UnsupportedFeatureError(
@@ -255,22 +252,7 @@ class Qcow2Node(Node):
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
             self._repair_after_crash()
-        self._clear_what_is_not_kept_up()
-
-    def _clear_what_is_not_kept_up(self) -> None:
-        """Clear autoclear bits; bitmaps are kept up, unless somebody who does not know them has written the image before."""
-        header = self.header
-        kept = layout.AUTOCLEAR_RAW_EXTERNAL if data_file.is_external(header) else 0
-        if header.has_bitmaps:
-            kept |= layout.AUTOCLEAR_BITMAPS
-        lost = not header.has_bitmaps and header.extension(layout.EXTENSION_BITMAPS) is not None
-        if header.autoclear_features & ~kept or lost:
-            header.autoclear_features &= kept
-            if lost:
-                # As QEMU does.  Their clusters are leaked: nobody knows whether they are still theirs.
-                header.set_extension(layout.EXTENSION_BITMAPS, None)
-            self.rewrite_header()
-            self.writeback.barrier()
+        autoclear.clear_what_is_not_kept_up(self)
 
     def _repair_after_crash(self) -> None:
         from blocklib.formats.qcow2.repair import repair_image
@@ -490,6 +472,12 @@ class Qcow2Node(Node):
         data = data_bytes(geometry.cluster_size)
         measured = measure_size(geometry, header.size, data, preallocation=options["preallocation"])
         return measured.required, measured.fully_allocated
+
+    @classmethod
+    def measure_bitmaps(cls, options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]]) -> int | None:
+        from blocklib.formats.qcow2.bitmaps import measured_for
+
+        return measured_for(options, bitmaps)
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
         from blocklib.formats.qcow2.check import check_image
