@@ -83,7 +83,7 @@ _QCOW2: tuple[Option, ...] = (
     Option("file", "node", "The node or file that holds the image", required=True),
     Option("backing", "node", "The backing node instead of the one the image names; null for none at all"),
     Option("data-file", "node", "The node or file that holds the guest's data instead of the one the image names"),
-    Option("lazy-refcounts", "bool", "Reference counts may be postponed (they never are); default: what the image says"),
+    Option("lazy-refcounts", "bool", "Reference counts may wait for the close; default: what the image says"),
     Option("pass-discard-request", "bool", "Where discard is unmap, discard in the file what becomes free", default=True),
     Option("pass-discard-snapshot", "bool", "Discard in the file what becomes free with a deleted snapshot", default=True),
     Option("discard-no-unref", "bool", "Keep the clusters of discarded ranges, without their space", default=False),

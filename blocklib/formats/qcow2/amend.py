@@ -52,7 +52,7 @@ def check(node: Qcow2Node, options: Mapping[str, Any]) -> None:
 
 def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, int], object]) -> None:
     """Make the changes that `check` has accepted; durable on return.  The caller has drained the node."""
-    with node.writeback.structure:
+    with node.writeback.exact_counts():
         node.writeback.finish()
         version, width = _version_after(node, options), _width_after(node, options)
         if version > node.header.version:

@@ -138,6 +138,7 @@ class Qcow2Node(Node):
         header, geometry = self.header, self.geometry
         self.snapshots = read_snapshots(file, header, node=self.filename)
         settings = settings_for(self.options, header, node=self.filename)
+        self.writeback.lazy = settings.lazy_refcounts
         self.mapping = self._mapping_class()(
             file,
             geometry,
@@ -422,6 +423,9 @@ class Qcow2Node(Node):
     def flush(self) -> None:
         if self.read_only or self.metadata_only:
             return
+        if self.corruption is not None and not self.writeback.has_changes:
+            self.writeback.barrier()  # guest data that was written in place
+            return
         if self.bitmaps is not None:
             self.bitmaps.before_flush()
         self.writeback.flush()
@@ -482,6 +486,7 @@ class Qcow2Node(Node):
     def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
         from blocklib.formats.qcow2.check import check_image
 
+        self._bring_all_to_the_file()
         filename = self.filename or self.name
         return check_image(self.file, self.header, self.geometry, filename=filename, progress=progress)
 
@@ -495,6 +500,7 @@ class Qcow2Node(Node):
     ) -> RepairReport:
         from blocklib.formats.qcow2.repair import repair_image
 
+        self._bring_all_to_the_file()
         filename = self.filename or self.name
         try:
             return repair_image(
@@ -522,6 +528,11 @@ class Qcow2Node(Node):
         from blocklib.formats.qcow2 import amend
 
         amend.amend(self, options, progress or (lambda _done, _total: None))
+
+    def _bring_all_to_the_file(self) -> None:
+        """Postponed reference counts, too: the image is about to be looked at through its file."""
+        if not self.read_only and not self.metadata_only and (self.corruption is None or self.writeback.has_changes):
+            self.writeback.finish()
 
     def make_empty(self) -> None:
         """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""

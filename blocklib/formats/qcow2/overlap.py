@@ -264,7 +264,8 @@ class OverlapGuard:
         if self._refcount_blocks is not None and self._refcount_blocks.is_of(node.refcounts.table):
             for index in refcount_indices:
                 self._refcount_blocks.add(index)
-        node.refcounts.new_blocks.clear()
+        if refcount_indices:
+            node.refcounts.new_blocks.clear()
 
     # -- snapshots ------------------------------------------------------------------------------------------------------
 

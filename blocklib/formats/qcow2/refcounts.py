@@ -66,6 +66,22 @@ class Refcounts:
         self.outgrown_tables: list[tuple[int, int]] = []
         """(first cluster, number) of tables that were replaced, to be freed once the header points elsewhere."""
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether the file does not have everything yet."""
+        return self.cache.dirty or self.table_moved or bool(self.dirty_table_entries)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a repair after a crash could make up for what the file does not have yet, and memory can hold it.
+
+        The table in the file must have room for blocks that count everything, where the repair puts them: at the end.
+        """
+        if self.table_moved or self.cache.crowded:
+            return False
+        end = max(self._end, self._file.size >> self.geometry.cluster_bits)
+        return (end + 2 * len(self.dirty_table_entries) + 2) >> self._block_bits < len(self.table)
+
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def get(self, cluster: int) -> int:

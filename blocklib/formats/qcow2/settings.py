@@ -22,11 +22,12 @@ _LEAST_REFCOUNT_BLOCKS: Final = 4
 
 
 class Settings(NamedTuple):
-    """Bytes of one entry of the L2 cache, of the whole L2 cache, and of the refcount cache."""
+    """Bytes of one entry of the L2 cache, of the whole L2 cache, and of the refcount cache; whether counts may wait."""
 
     slice_length: int
     l2_cache: int
     refcount_cache: int
+    lazy_refcounts: bool
 
 
 def settings_for(options: Mapping[str, Any], header: Header, *, node: str | None) -> Settings:
@@ -40,7 +41,10 @@ def settings_for(options: Mapping[str, Any], header: Header, *, node: str | None
     if slice_length is not None and slice_length > cluster_size:
         raise _bad("l2-cache-entry-size", f"l2-cache-entry-size is at most the cluster size, {cluster_size}", node)
     l2_cache, refcount_cache = _cache_sizes(options, header, node)
-    return Settings(slice_length or min(cluster_size, _DEFAULT_SLICE), l2_cache, refcount_cache)
+    lazy = options.get("lazy-refcounts")
+    if lazy is None:
+        lazy = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
+    return Settings(slice_length or min(cluster_size, _DEFAULT_SLICE), l2_cache, refcount_cache, lazy)
 
 
 def _cache_sizes(options: Mapping[str, Any], header: Header, node: str | None) -> tuple[int, int]:

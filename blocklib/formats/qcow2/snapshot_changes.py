@@ -175,7 +175,7 @@ def _refuse_data_file(node: Qcow2Node) -> None:
 @contextmanager
 def _changing(node: Qcow2Node) -> Iterator[_Change]:
     """A change of the snapshot table.  What fails before the first write of it gives back what it has taken."""
-    with node.writeback.structure:
+    with node.writeback.exact_counts():
         node.writeback.finish()
         change = _Change(node)
         try:

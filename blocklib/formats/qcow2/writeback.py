@@ -6,6 +6,10 @@ L2 tables (guest data went straight to the file, or to an external data file, wh
 barrier - refcount table entries, if there are new blocks - barrier - L1 and L2 entries - barrier; and then the clusters
 those entries no longer point at are on their way to being free.
 
+With lazy refcounts the counts stay in memory until the image is closed, or their cache is crowded: a flush writes only the
+pointers and what they point at, after it has set the dirty bit, durably, so that whoever opens the image after a crash
+counts everything anew.
+
 After a flush that failed nobody knows which of its pointers the file has: what it was about to link is then written as if
 it were linked, and linked as if it were not.
 """
@@ -13,10 +17,14 @@ it were linked, and linked as if it were not.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from blocklib.errors import BlocklibError
+from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import DirtyRange
+from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, REFCOUNT_BLOCK, REFCOUNT_TABLE
 from blocklib.formats.qcow2.tables import table_to_bytes
 
@@ -41,6 +49,8 @@ class _Batch(NamedTuple):
     new_tables: set[int]
     doubtful_tables: set[int]
     freed: list[tuple[int, int]]
+    counts_wait: bool
+    """Counts were changed that the file does not get yet."""
 
 
 class WriteBack:
@@ -50,6 +60,10 @@ class WriteBack:
         self._node = node
         self._structure = threading.RLock()
         """Serialises flushes and whatever rewrites the header; may span I/O; taken before the image's lock."""
+        self.lazy = False
+        """Reference counts may be postponed."""
+        self._exact = 0
+        self._is_dirty = False  # the dirty bit in the file is ours
         self._begun = 0
         self._succeeded = 0  # the number of the last flush, counted by _begun, that made everything durable
         self._counted = 0
@@ -98,20 +112,31 @@ class WriteBack:
 
     def finish(self) -> None:
         """Flush, and flush the counts of what that set free, until nothing is left to write.  No request is in flight."""
-        with self._structure:
+        with self.exact_counts():
             failure = self._write_back()
             while self.has_changes:
                 failure = self._write_back() or failure
+            if self._is_dirty and failure is None:
+                change_features(self._node, remove=layout.INCOMPATIBLE_DIRTY)
+                self._is_dirty = False
         if failure is not None:
             raise failure
+
+    @contextmanager
+    def exact_counts(self) -> Iterator[None]:
+        """Hold the structure lock, and let flushes write all counts, even with lazy refcounts."""
+        with self._structure:
+            self._exact += 1
+            try:
+                yield
+            finally:
+                self._exact -= 1
 
     @property
     def has_changes(self) -> bool:
         """Whether anything is left to be written or given back."""
         mapping, refcounts = self._node.mapping, self._node.refcounts
-        return bool(
-            self._waiting or self.freed or refcounts.cache.dirty or mapping.cache.dirty or mapping.dirty_l1
-        )
+        return bool(self._waiting or self.freed or refcounts.has_changes or mapping.cache.dirty or mapping.dirty_l1)
 
     def barrier(self, *, data: bool = False) -> None:
         """Make what was written to the file durable, with `data` to an external data file too; a failure poisons the image."""
@@ -166,17 +191,22 @@ class WriteBack:
                 slices.append(entry)
         l1_entries = [(index, mapping.l1[index]) for index in sorted(mapping.dirty_l1)]
         mapping.dirty_l1 = set()
-        moved_table = table_to_bytes(refcounts.table) if refcounts.table_moved else None
-        refcounts.table_moved = False
-        freed, self.freed = self.freed + refcounts.outgrown_tables, []
+        freed, self.freed = self.freed, []
         self._counted = self._freed_clusters = 0
-        refcounts.outgrown_tables = []
-        table_entries = [(index, refcounts.table[index]) for index in sorted(refcounts.dirty_table_entries)]
-        refcounts.dirty_table_entries = set()
+        postponed = self.lazy and refcounts.may_wait and not self._exact
+        moved_table, blocks, table_entries = None, [], []
+        if not postponed:
+            moved_table = table_to_bytes(refcounts.table) if refcounts.table_moved else None
+            refcounts.table_moved = False
+            freed = freed + refcounts.outgrown_tables
+            refcounts.outgrown_tables = []
+            table_entries = [(index, refcounts.table[index]) for index in sorted(refcounts.dirty_table_entries)]
+            refcounts.dirty_table_entries = set()
+            # After the L2 slices: a count is raised before the entry that relies on it is made.
+            blocks = refcounts.cache.take_dirty()
         self._node.guard.tables_linked([index for index, _ in l1_entries], [index for index, _ in table_entries])
         return _Batch(
-            # After the L2 slices: a count is raised before the entry that relies on it is made.
-            blocks=refcounts.cache.take_dirty(),
+            blocks=blocks,
             table_offset=refcounts.table_offset,
             table_entries=table_entries,
             moved_table=moved_table,
@@ -187,6 +217,7 @@ class WriteBack:
             new_tables=new_tables,
             doubtful_tables=doubtful_tables,
             freed=freed,
+            counts_wait=postponed and refcounts.has_changes,
         )
 
     def _put_back(self, batch: _Batch) -> None:
@@ -223,6 +254,9 @@ class WriteBack:
         node = self._node
         file = node.file
         mapping = node.mapping
+        if batch.counts_wait and not self._is_dirty:
+            change_features(node, add=layout.INCOMPATIBLE_DIRTY)
+            self._is_dirty = True
         for dirty in batch.blocks:
             file.write(dirty.host_offset, (dirty.data,))
         for dirty in batch.new_slices:
