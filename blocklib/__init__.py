@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         RepairStep,
         SnapshotInfo,
     )
+    from blocklib.snapshots import InternalSnapshot
     from blocklib.verbs import amend, check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {
@@ -75,6 +76,7 @@ _PLACES = {
     "DiskFile": "diskfile",
     "EXTENT_DTYPE": "extents",
     "Extent": "extents",
+    "InternalSnapshot": "snapshots",
     "Limits": "policy",
     "RANGE_DTYPE": "extents",
     "Reference": "policy",
@@ -145,6 +147,7 @@ __all__ = [
     "ImageInfo",
     "ImageLimitError",
     "ImageNotFoundError",
+    "InternalSnapshot",
     "JobCancelled",
     "JobError",
     "JobStateError",

@@ -110,6 +110,18 @@ def show(p: blocklib.Progress) -> None:
     assert_type(p.eta, float | None)
 
 
+def internal_snapshots() -> None:
+    with blocklib.open("disk.qcow2", "r+") as disk:
+        snapshot = disk.snapshots.create("before-upgrade")
+        for snapshot in disk.snapshots:
+            print(snapshot.id, snapshot.name, snapshot.created.isoformat())
+        first: blocklib.InternalSnapshot = disk.snapshots.by_id("1")
+        print("before-upgrade" in disk.snapshots, len(disk.snapshots), first.vm_state_size)
+        disk.snapshots["before-upgrade"].apply()
+    with blocklib.open("disk.qcow2", options={"snapshot.name": "before-upgrade"}) as past:
+        past.read(0, 512)
+
+
 def convert_with_progress() -> None:
     blocklib.convert("disk.qcow2", "copy.img", format="raw", progress=show)
     with blocklib.open("top.qcow2", format="qcow2", references=policy.SameDirectory()) as source:

@@ -59,6 +59,12 @@ def test_metadata_commands_on_a_small_image_import_no_heavy_package(image: Path,
     assert not HEAVY & _imported_by("-m", "blocklib", *arguments, str(image), *size)
 
 
+def test_snapshots_of_a_small_image_import_no_heavy_package(image: Path) -> None:
+    _imported_by("-m", "blocklib", "io", "-c", "write 0 1M", str(image))
+    for arguments in (["-c", "x"], ["-l"], ["-a", "x"], ["-d", "x"]):
+        assert not HEAVY & _imported_by("-m", "blocklib", "snapshot", *arguments, str(image))
+
+
 def test_one_read_of_a_small_image_imports_no_heavy_package(image: Path) -> None:
     code = "import sys, blocklib\nwith blocklib.open(sys.argv[1]) as disk: assert disk.read(0, 512) == bytes(512)"
     assert not HEAVY & _imported_by("-c", code, str(image))
