@@ -367,15 +367,22 @@ class Node:
 
         Raises UsageError, ImageError with nothing changed.
         """
-        raise self._incapable("given internal snapshots")
+        raise self._no_snapshots()
 
     def apply_snapshot(self, id: str, name: str) -> None:
         """Bring back the state, and the size, that a snapshot holds.  Raises NameNotFoundError, ImageError."""
-        raise self._incapable("given internal snapshots")
+        raise self._no_snapshots()
 
     def delete_snapshot(self, id: str, name: str) -> None:
         """Forget a snapshot.  Raises NameNotFoundError, ImageError."""
-        raise self._incapable("given internal snapshots")
+        raise self._no_snapshots()
+
+    def _no_snapshots(self) -> UnsupportedFeatureError:
+        return UnsupportedFeatureError(
+            f"{self.filename or self.name}: there are no internal snapshots in the format {self.driver}",
+            features=("internal snapshots",),
+            node=self.name,
+        )
 
     def read_vm_state(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the state of a virtual machine that is kept beside the disk.

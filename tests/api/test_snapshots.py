@@ -97,6 +97,8 @@ def test_a_snapshot_has_the_size_that_its_disk_had(path: Path) -> None:
     with blocklib.open(path, options={"snapshot.id": "1"}) as past:
         assert past.size == 4 * MiB
         assert past.info().virtual_size == 4 * MiB
+    assert blocklib.info(path, options={"snapshot.id": "1"}).virtual_size == 4 * MiB
+    with blocklib.open(path, options={"snapshot.id": "1"}) as past:
         assert past.read(0, 4 * MiB) == b"a" * KiB + bytes(4 * MiB - KiB)
 
 
@@ -118,7 +120,7 @@ def test_formats_without_snapshots_have_none(tmp_path: Path) -> None:
     raw.write_bytes(bytes(KiB))
     with blocklib.open(raw, "r+", format="raw") as disk:
         assert list(disk.snapshots) == []
-        with pytest.raises(blocklib.UnsupportedFeatureError):
+        with pytest.raises(blocklib.UnsupportedFeatureError, match="internal snapshots in the format raw"):
             disk.snapshots.create("x")
         with pytest.raises(blocklib.StorageError):
             disk.snapshots.write_vm_state(0, b"x")

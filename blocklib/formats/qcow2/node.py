@@ -132,6 +132,7 @@ class Qcow2Node(Node):
         self.zero_alignment = self.geometry.cluster_size
         self.zero_part_alignment = self.geometry.subcluster_size
         if self.metadata_only:
+            self._load_named_snapshot()
             return
         self._refuse_what_is_not_supported(self.header)
         self._data_child = data_file.CHILD if data_file.is_external(self.header) else "file"
@@ -168,15 +169,27 @@ class Qcow2Node(Node):
 
     def _read_l1(self) -> Table:
         """The active L1 table; that of a snapshot, with the size of its disk, where the options name one."""
+        index = self._load_named_snapshot()
+        if index is None:
+            return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
+        from blocklib.formats.qcow2.snapshot_changes import load_l1
+
+        return load_l1(self, index)
+
+    def _load_named_snapshot(self) -> int | None:
+        """The index of the snapshot that the options name, whose size is this disk's then; None where they name none.
+
+        Raises NameNotFoundError, ImageError.
+        """
         id, name = self.options.get("snapshot.id"), self.options.get("snapshot.name")
         if id is None and name is None:
-            return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
-        from blocklib.formats.qcow2.snapshot_changes import load_l1, snapshot_size
+            return None
+        from blocklib.formats.qcow2.snapshot_changes import snapshot_size
 
-        index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
-        l1 = load_l1(self, index)
-        self.size = snapshot_size(self, self.snapshots[index])
-        return l1
+        snapshots = read_snapshots(self.file, self.header, node=self.filename)
+        index = find_snapshot(snapshots, id=id, name=name, node=self.filename)
+        self.size = snapshot_size(self, snapshots[index])
+        return index
 
     @property
     def preallocation_hides_backing(self) -> bool:
