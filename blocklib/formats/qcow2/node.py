@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError, UsageError
+from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import autoclear, data_file, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
@@ -24,7 +23,8 @@ from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.settings import settings_for
-from blocklib.formats.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
+from blocklib.formats.qcow2.snapshot_node import SnapshotNode
+from blocklib.formats.qcow2.snapshots import read_snapshots
 from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
 from blocklib.node import (
@@ -33,7 +33,6 @@ from blocklib.node import (
     WRITE,
     WRITE_UNCHANGED,
     NamedReference,
-    Node,
     PendingChange,
     Preallocation,
     WriteRun,
@@ -44,7 +43,7 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.graph import Edge
-    from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
+    from blocklib.reports import CheckReport, RepairReport
     from blocklib.tracking import BitmapStore
 
 _T = TypeVar("_T")
@@ -58,7 +57,7 @@ SUPPORTED_INCOMPATIBLE = (
 )
 
 
-class Qcow2Node(Node):
+class Qcow2Node(SnapshotNode):
     """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
 
     driver = "qcow2"
@@ -85,7 +84,7 @@ class Qcow2Node(Node):
         self.corruption: str | None = None
         """What was found corrupt on the way to a write, after which nothing more is written."""
         self._holes_asked = False
-        self.snapshots: list[Snapshot] = []
+        self.snapshots = []
         self._data_child = "file"
 
     @classmethod
@@ -132,7 +131,7 @@ class Qcow2Node(Node):
         self.zero_alignment = self.geometry.cluster_size
         self.zero_part_alignment = self.geometry.subcluster_size
         if self.metadata_only:
-            self._load_named_snapshot()
+            self.load_named_snapshot()
             return
         self._refuse_what_is_not_supported(self.header)
         self._data_child = data_file.CHILD if data_file.is_external(self.header) else "file"
@@ -169,27 +168,12 @@ class Qcow2Node(Node):
 
     def _read_l1(self) -> Table:
         """The active L1 table; that of a snapshot, with the size of its disk, where the options name one."""
-        index = self._load_named_snapshot()
+        index = self.load_named_snapshot()
         if index is None:
             return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
         from blocklib.formats.qcow2.snapshot_changes import load_l1
 
         return load_l1(self, index)
-
-    def _load_named_snapshot(self) -> int | None:
-        """The index of the snapshot that the options name, whose size is this disk's then; None where they name none.
-
-        Raises NameNotFoundError, ImageError.
-        """
-        id, name = self.options.get("snapshot.id"), self.options.get("snapshot.name")
-        if id is None and name is None:
-            return None
-        from blocklib.formats.qcow2.snapshot_changes import snapshot_size
-
-        snapshots = read_snapshots(self.file, self.header, node=self.filename)
-        index = find_snapshot(snapshots, id=id, name=name, node=self.filename)
-        self.size = snapshot_size(self, snapshots[index])
-        return index
 
     @property
     def preallocation_hides_backing(self) -> bool:
@@ -227,8 +211,7 @@ class Qcow2Node(Node):
 
     def _refuse_what_cannot_be_written(self) -> None:
         header = self.header
-        if self.options.get("snapshot.id") is not None or self.options.get("snapshot.name") is not None:
-            raise UsageError(f"{self.filename}: a snapshot can only be read", node=self.filename)
+        self.refuse_to_write_snapshot()
         if header.incompatible_features & layout.INCOMPATIBLE_CORRUPT:
             raise ImageCorruptError(
                 f"{self.filename}: the image is marked corrupt and must be repaired before it is written",
@@ -442,40 +425,6 @@ class Qcow2Node(Node):
         if self.bitmaps is not None:
             self.bitmaps.before_flush()
         self.writeback.flush()
-
-    # -- snapshots ----------------------------------------------------------------------------------------------------
-
-    def list_snapshots(self) -> Sequence[SnapshotInfo]:
-        if self.metadata_only:
-            self.snapshots = read_snapshots(self.file, self.header, node=self.filename)
-        return [entry.info(self.header.size) for entry in self.snapshots]
-
-    def create_snapshot(self, name: str) -> SnapshotInfo:
-        from blocklib.formats.qcow2 import snapshot_changes
-
-        return snapshot_changes.create(self, name).info(self.header.size)
-
-    def apply_snapshot(self, id: str, name: str) -> None:
-        from blocklib.formats.qcow2 import snapshot_changes
-
-        index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
-        with self.bitmaps.replacing(self.snapshots[index].disk_size) if self.bitmaps is not None else nullcontext():
-            snapshot_changes.apply(self, index)
-
-    def delete_snapshot(self, id: str, name: str) -> None:
-        from blocklib.formats.qcow2 import snapshot_changes
-
-        snapshot_changes.delete(self, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
-
-    def read_vm_state(self, offset: int, view: memoryview) -> None:
-        from blocklib.formats.qcow2 import vm_state
-
-        vm_state.read(self, offset, view)
-
-    def write_vm_state(self, offset: int, data: memoryview) -> None:
-        from blocklib.formats.qcow2 import vm_state
-
-        vm_state.write(self, offset, data)
 
     # -- whole images -------------------------------------------------------------------------------------------------
 
