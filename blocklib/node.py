@@ -442,6 +442,10 @@ class Node:
         """The allocation unit in bytes, or None where there is none."""
         return None
 
+    def data_unit(self) -> int | None:
+        """The bytes of which a write fills all or none: a cluster, or part of one where parts can be told apart."""
+        return self.cluster_size()
+
     def info_facts(self) -> Mapping[str, Any]:
         """Fields of ImageInfo that only this driver knows: encrypted, dirty, snapshots."""
         return {}

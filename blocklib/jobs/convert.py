@@ -184,8 +184,8 @@ class _Convert(Task[ConvertResult]):
 
     def _copy(self, control: Control, source: Concatenation, target: Disk) -> BlockCopy:
         has_backing = isinstance(self.target, NewImage) and self.target.backing is not None
-        # A cluster of the target is data as a whole, so there is no use in leaving out parts of one.
-        block = max(self.sparse_size, target.node.cluster_size() or 0) if self.sparse_size else 0
+        # A cluster (or subcluster) of the target is data as a whole, so there is no use in leaving out parts of one.
+        block = max(self.sparse_size, target.node.data_unit() or 0) if self.sparse_size else 0
         copy = BlockCopy(
             control,
             source,

@@ -598,6 +598,9 @@ class Qcow2Node(SnapshotNode):
     def cluster_size(self) -> int:
         return self.geometry.cluster_size
 
+    def data_unit(self) -> int:
+        return self.geometry.subcluster_size
+
     def info_facts(self) -> Mapping[str, Any]:
         return telling.info_facts(self)
 
