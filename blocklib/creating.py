@@ -53,7 +53,7 @@ def create(
     try:
         data_path = typed.get("data_file") and _data_path(path, typed["data_file"])
         if data_path is not None:
-            _make_data_file(path, data_path, typed["size"], made, overwrite=overwrite)
+            _make_data_file(path, data_path, typed, made, overwrite=overwrite)
         if _claim(path, overwrite=overwrite):
             made.append(path)
         _fill(path, format, typed, data_path, empty_first=path not in made)
@@ -133,16 +133,18 @@ def _data_path(path: str, name: str) -> str:
     return resolve_backing_name(path, name)
 
 
-def _make_data_file(path: str, data_path: str, size: int, made: list[str], *, overwrite: bool) -> None:
+def _make_data_file(path: str, data_path: str, typed: Mapping[str, Any], made: list[str], *, overwrite: bool) -> None:
     """An empty data file for the new image at `path`; its name is added to `made` if it was not there before."""
     same = os.path.realpath(path) == os.path.realpath(data_path)
     if same or (os.path.exists(path) and os.path.exists(data_path) and os.path.samefile(path, data_path)):
         raise UsageError(f"{data_path}: an image cannot be its own data file")
     if _claim(data_path, overwrite=overwrite):
         made.append(data_path)
+    size = typed["size"]
     with _OpenFile(data_path) as root:
         if not root.edge.node.is_device:
             root.edge.truncate(0)
+            _hint(root.edge.node, typed)
         elif root.edge.size < size:
             raise UsageError(f"{data_path}: the device has {root.edge.size} bytes, the disk {size}")
         root.edge.truncate(-(-size // _SIZE_UNIT) * _SIZE_UNIT)
@@ -171,6 +173,8 @@ def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | Non
     with _OpenFile(path) as root:
         if empty_first and not root.edge.node.is_device:
             root.edge.truncate(0)
+        if not root.edge.node.is_device:
+            _hint(root.edge.node, typed)
         make(root.edge)
     mode = typed["preallocation"]
     if mode == "off" and typed.get("data_file_raw"):
@@ -179,6 +183,10 @@ def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | Non
         data_file = FROM_IMAGE if data_path is None else {"driver": "file", "filename": data_path}
         with open_disk(PlainPath(path), "r+", format=format, backing=None, data_file=data_file) as disk:
             disk.node.preallocate(mode)
+
+
+def _hint(file: Node, typed: Mapping[str, Any]) -> None:
+    file.take_hints(in_place=typed["nocow"], extent_size=typed["extent_size_hint"] or 0)
 
 
 class _OpenFile:

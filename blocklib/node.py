@@ -322,6 +322,12 @@ class Node:
         """Write all of `views`; past the end the leaf grows."""
         raise UsageError(f"{self.driver}: not a protocol")
 
+    def take_hints(self, *, in_place: bool, extent_size: int) -> None:
+        """While it is empty: write in place instead of copying, grow in extents of so many bytes (0: as it likes).
+
+        Where the file system has no such thing, nothing happens.
+        """
+
     # -- whole images -------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -53,8 +53,10 @@ _SHOWN: Mapping[str, Sequence[tuple[str, str | None]]] = {
         ("data_file_raw", None),
         ("lazy_refcounts", "off"),
         ("refcount_bits", "16"),
+        ("nocow", None),
+        ("extent_size_hint", None),
     ),
-    "raw": (("size", None), ("preallocation", None)),
+    "raw": (("size", None), ("nocow", None), ("preallocation", None), ("extent_size_hint", None)),
 }
 
 

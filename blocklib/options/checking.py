@@ -60,6 +60,8 @@ def check_options(driver: str, options: Mapping[str, Any], *, table: Table = "op
     Raises OptionError, and UnsupportedFeatureError for an option of QEMU that asks for something we cannot do.
     """
     known = options_of(driver, table)
+    if table == "create":
+        known = options_of("file", table) | known
     given = _own_names(driver, known, options, table)
     values: dict[str, Any] = {}
     for name, option in known.items():
@@ -134,7 +136,7 @@ def _unknown(driver: str, name: str, known: Mapping[str, Option], table: Table) 
 
 def _created_with(driver: str) -> set[str]:
     """The names, without their parts, of the options that only creating an image knows."""
-    names = {*options_of(driver, "create"), *NOT_SUPPORTED.get(("create", driver), ())}
+    names = {*options_of(driver, "create"), *options_of("file", "create"), *NOT_SUPPORTED.get(("create", driver), ())}
     return {name.partition(".")[0] for name in names}
 
 

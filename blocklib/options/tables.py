@@ -142,6 +142,8 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
 
 _SIZE = Option("size", "size", "Virtual disk size in bytes")
 _CREATE_FILE: tuple[Option, ...] = (
+    Option("extent_size_hint", "size", "Extents to ask the file system for (XFS); 0: none", maximum=4 * GiB - 1),
+    Option("nocow", "bool", "Write in place where the file system would copy (btrfs)", default=False),
     Option(
         "preallocation",
         "choice",
@@ -201,9 +203,9 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
         ),
         _SIZE,
     ),
-    "raw": _CREATE_FILE,
+    "raw": (_SIZE,),
 }
-"""What each driver takes when an image is created."""
+"""What each driver takes when an image is created; a format also takes what it leaves to the file."""
 
 _CHANGED_BY_AMEND = (
     "backing_file",
@@ -221,16 +223,13 @@ AMEND: Mapping[str, tuple[Option, ...]] = {
 }
 """What of an image can be changed later; None: stays as it is."""
 
-_FILE_HINTS = ("extent_size_hint", "nocow")
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
     ("open", "qcow2"): (
         "cache-clean-interval",
         "encrypt",
         "pass-discard-other",
     ),
-    ("create", "file"): _FILE_HINTS,
-    ("create", "qcow2"): (*_FILE_HINTS, "encrypt", "encryption"),
-    ("create", "raw"): _FILE_HINTS,
+    ("create", "qcow2"): ("encrypt", "encryption"),
     ("amend", "qcow2"): ("encrypt",),
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""

@@ -11,6 +11,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
 
 from blocklib.buffers import PIECE, aligned_pool, pieces_of, zero_fill
@@ -492,6 +493,14 @@ class FileNode(Node):
                 self._can_seek_holes = False
                 return True, size
             raise self._failure(exc, "lseek") from exc
+
+    def take_hints(self, *, in_place: bool, extent_size: int) -> None:
+        if in_place:
+            with suppress(OSError):
+                host.write_in_place(self._fd)
+        if extent_size:
+            with suppress(OSError):
+                host.set_extent_size(self._fd, extent_size)
 
     # -- size and durability ------------------------------------------------------------------------------------------
 

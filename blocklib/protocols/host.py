@@ -18,6 +18,14 @@ from blocklib.buffers import aligned_pool
 KEEP_SIZE: Final = 0x01
 PUNCH_HOLE: Final = 0x02
 ZERO_RANGE: Final = 0x10
+_GETFLAGS: Final = 0x80086601 if struct.calcsize("l") == 8 else 0x80046601
+_SETFLAGS: Final = 0x40086602 if struct.calcsize("l") == 8 else 0x40046602
+_NOCOW_FLAG: Final = 0x00800000
+_FSGETXATTR: Final = 0x801C581F
+_FSSETXATTR: Final = 0x401C5820
+_FSXATTR: Final = "IIIII8x"
+"""struct fsxattr: flags, extent size in bytes, number of extents, project, copy-on-write extent size."""
+_EXTSIZE_FLAG: Final = 0x00000800
 _BLKSSZGET: Final = 0x1268
 _BLKDISCARD: Final = 0x1277
 _STATX_DIOALIGN: Final = 0x2000
@@ -129,3 +137,21 @@ def _tried_alignment(fd: int) -> int:
     finally:
         aligned_pool.give(buffer)
     return DEFAULT_DIRECT_ALIGNMENT
+
+
+def write_in_place(fd: int) -> None:
+    """Turn off copy-on-write for an empty file (btrfs).  Raises OSError where the file system has no such thing."""
+    import fcntl
+
+    (flags,) = struct.unpack("l", fcntl.ioctl(fd, _GETFLAGS, bytes(struct.calcsize("l"))))
+    fcntl.ioctl(fd, _SETFLAGS, struct.pack("l", flags | _NOCOW_FLAG))
+
+
+def set_extent_size(fd: int, length: int) -> None:
+    """Let an empty file grow in extents of `length` bytes (XFS).  Raises OSError where the file system has no such thing."""
+    import fcntl
+
+    flags, _length, extents, project, cow = struct.unpack(
+        _FSXATTR, fcntl.ioctl(fd, _FSGETXATTR, bytes(struct.calcsize(_FSXATTR)))
+    )
+    fcntl.ioctl(fd, _FSSETXATTR, struct.pack(_FSXATTR, flags | _EXTSIZE_FLAG, length, extents, project, cow))

@@ -33,6 +33,22 @@ CREATIONS = [
     pytest.param(["-f", "qcow2", "-u", "-b", "a,b", "-F", "raw", "new", "1M"], id="unchecked-backing"),
     pytest.param(["-f", "qcow2", "file:new", "1M"], id="file-protocol"),
     pytest.param(["-q", "-f", "qcow2", "new", "1M"], id="quiet"),
+    pytest.param(["-f", "qcow2", "-o", "data_file=new.raw", "new", "3M"], id="data-file"),
+    pytest.param(["-f", "qcow2", "-o", "data_file=a,,b.raw,data_file_raw=on", "new", "3M"], id="raw-data-file"),
+    pytest.param(
+        ["-f", "qcow2", "-o", "data_file=new.raw,preallocation=falloc,data_file_raw=off", "new", "3M"], id="full-data-file"
+    ),
+    pytest.param(["-f", "qcow2", "-o", "data_file=new.raw", "-b", "base.qcow2", "-F", "qcow2", "new"], id="data-over-base"),
+    pytest.param(["-f", "qcow2", "-o", "nocow=on,extent_size_hint=64k", "new", "3M"], id="hints"),
+    pytest.param(["-f", "qcow2", "-o", "extent_size_hint=0,nocow=off", "new", "3M"], id="no-hints"),
+    pytest.param(["-f", "raw", "-o", "extent_size_hint=1M,preallocation=falloc,nocow=on", "new", "3M"], id="raw-hints"),
+    pytest.param(
+        [
+            *("-f", "qcow2", "-o", "data_file=new.raw,data_file_raw=off,lazy_refcounts=on,refcount_bits=8,compat=1.1"),
+            *("-o", "compression_type=zstd,extended_l2=on,preallocation=metadata,cluster_size=32k,nocow=on", "new", "1M"),
+        ],
+        id="everything",
+    ),
     pytest.param(["--object", "secret,id=s,data=x", "-f", "qcow2", "new", "1M"], id="object"),
 ]
 

@@ -76,5 +76,9 @@ class TestQcow2WithPreallocatedSubclusters(TestQcow2):
     options: ClassVar[dict[str, Any]] = {"extended_l2": True, "preallocation": "falloc"}
 
 
+class TestQcow2WithARawDataFileAndSubclusters(TestQcow2):
+    options: ClassVar[dict[str, Any]] = {"data_file": "data", "data_file_raw": True, "extended_l2": True}
+
+
 class TestQcow2Preallocated(TestQcow2):
     options: ClassVar[dict[str, Any]] = {"preallocation": "metadata"}

@@ -21,6 +21,8 @@ KINDS = {
     "raw": "cluster_size=64k,data_file_raw=on",
     "small clusters": "cluster_size=512,refcount_bits=1",
     "raw, small clusters": "cluster_size=4k,data_file_raw=on,refcount_bits=64",
+    "subclusters": "cluster_size=64k,extended_l2=on",
+    "raw, subclusters": "cluster_size=32k,extended_l2=on,data_file_raw=on",
     "preallocated": "cluster_size=4k,preallocation=metadata",
     "preallocated in full": "cluster_size=64k,preallocation=full",
 }

@@ -10,6 +10,7 @@ import pytest
 
 from blocklib.errors import UsageError
 from blocklib.formats.qcow2.geometry import Geometry, MeasuredSize, measure_size
+from tests.cli.running import CommandLine
 from tests.programs import Program
 
 CLUSTER_BITS = (9, 12, 16, 21)
@@ -91,3 +92,54 @@ def test_sizes_of_a_sparse_file_count_the_clusters_that_hold_data(qemu_img: Prog
     answer = qemu_img.json("measure", "-f", "raw", "-O", "qcow2", "-o", _options(geometry), path)
     ours = measure_size(geometry, 10 << 20, 4 * block)
     assert ours == MeasuredSize(answer["required"], answer["fully-allocated"])
+
+
+SOURCES = {
+    "data and zeroes": "-o cluster_size=64k",
+    "subclusters": "-o extended_l2=on",
+    "data file": "-o data_file=data.img",
+    "raw data file": "-o data_file=data.img,data_file_raw=on",
+    "small clusters": "-o cluster_size=512",
+    "over a backing file": "-b base.qcow2 -F qcow2",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_measuring_an_image_equals_qemu_img_whatever_the_options(
+    source: str, qemu_img: Program, qemu_io: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "base.qcow2", "5M")
+    qemu_io("-c", "write 3M 100k", "base.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", *SOURCES[source].split(), "disk.qcow2", "5M")
+    for command in ("write 0 100k", "write 1M 1300k", "write -z 2M 100k", "write -z -u 1M 64k", "discard 4M 64k"):
+        qemu_io("-c", command, "disk.qcow2")
+    rng = random.Random(source)
+    line = CommandLine()
+    for _ in range(12):
+        options = {name: rng.choice(values) for name, values in CREATION.items() if rng.random() < 0.4}
+        if "backing_file" in options:
+            options["backing_fmt"] = "qcow2"
+        words = ["-O", "qcow2", "-o", ",".join(f"{name}={value}" for name, value in options.items())]
+        if not options:
+            words = words[:2]
+        for what in (["-f", "qcow2", "disk.qcow2"], ["--size", str(rng.randrange(1 << 33))]):
+            theirs = qemu_img.run("measure", *words, *what)
+            ours = line.run("measure", *words, *what)
+            assert (ours.code, ours.out) == (theirs.returncode, theirs.stdout), (words, what)
+
+
+CREATION = {
+    "cluster_size": ["512", "4k", "2M"],
+    "preallocation": ["off", "metadata", "falloc", "full"],
+    "refcount_bits": ["1", "8", "64"],
+    "extended_l2": ["on", "off"],
+    "compat": ["0.10", "1.1"],
+    "data_file": ["new.img"],
+    "data_file_raw": ["on"],
+    "lazy_refcounts": ["on"],
+    "compression_type": ["zstd"],
+    "backing_file": ["base.qcow2"],
+    "nocow": ["on"],
+    "extent_size_hint": ["64k"],
+}

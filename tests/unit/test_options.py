@@ -341,7 +341,7 @@ def test_an_option_that_every_driver_has_can_be_typed_without_one() -> None:
 
 @pytest.mark.parametrize("value", ["off", False, "none", "0", 0])
 def test_an_option_of_qemu_that_we_lack_may_ask_for_nothing(value: object) -> None:
-    assert "nocow" not in check_options("qcow2", {"nocow": value}, table="create")
+    assert "encryption" not in check_options("qcow2", {"encryption": value}, table="create")
 
 
 def test_a_bad_choice_names_the_choices() -> None:
@@ -417,12 +417,19 @@ def test_create_options_have_the_defaults_of_qemu_img() -> None:
         "data_file": None,
         "data_file_raw": False,
         "extended_l2": False,
+        "extent_size_hint": None,
         "lazy_refcounts": False,
+        "nocow": False,
         "preallocation": "off",
         "refcount_bits": 16,
         "size": None,
     }
-    assert check_options("raw", {"size": "1G"}, table="create") == {"preallocation": "off", "size": 1 << 30}
+    assert check_options("raw", {"size": "1G"}, table="create") == {
+        "extent_size_hint": None,
+        "nocow": False,
+        "preallocation": "off",
+        "size": 1 << 30,
+    }
 
 
 @pytest.mark.parametrize(("given_compat", "compat"), [("v2", "0.10"), ("0.10", "0.10"), ("v3", "1.1"), ("1.1", "1.1")])
@@ -458,7 +465,6 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
         ("create", "encryption", "on", "encryption"),
         ("create", "encrypt.format", "luks", "encrypt"),
         ("create", "encrypt", {"format": "luks"}, "encrypt"),
-        ("create", "nocow", "on", "nocow"),
         ("open", "cache-clean-interval", 60, "cache-clean-interval"),
     ],
 )
@@ -468,7 +474,7 @@ def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: st
     assert caught.value.features == (feature,)
 
 
-@pytest.mark.parametrize("name", ["encryption", "nocow"])
+@pytest.mark.parametrize("name", ["encryption"])
 @pytest.mark.parametrize("value", ["off", False])
 def test_what_is_switched_off_needs_no_support(name: str, value: object) -> None:
     assert check_options("qcow2", {name: value}, table="create") == check_options("qcow2", {}, table="create")
@@ -505,7 +511,13 @@ def test_options_are_described_in_the_layout_of_qemu_img() -> None:
 
 def test_with_a_target_the_options_of_its_protocol_are_among_them() -> None:
     lines = describe_options("raw", protocol="file").split("\n")
-    assert [line.partition("=")[0] for line in lines] == ["Supported options:", "  preallocation", "  size"]
+    assert [line.partition("=")[0] for line in lines] == [
+        "Supported options:",
+        "  extent_size_hint",
+        "  nocow",
+        "  preallocation",
+        "  size",
+    ]
 
 
 @pytest.mark.parametrize(("table", "driver"), _tables())

@@ -30,7 +30,7 @@ from blocklib.formats.qcow2.bitmap_directory import (
     parse_extension,
     parse_table,
 )
-from blocklib.formats.qcow2.create import header_for
+from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS, geometry_for
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.tracking import BitmapStore, DirtyBitmap, Tracking, check_name
@@ -84,11 +84,11 @@ def described(node: Qcow2Node) -> list[dict[str, object]]:
 
 def measured_for(options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]]) -> int | None:
     """Bytes that bitmaps (name, granularity in bytes) take in a new image; None for one of version 2, which stores none."""
-    header = header_for(options["size"], options)
-    if header.version == layout.VERSION_2:
+    if VERSIONS[options["compat"]] == layout.VERSION_2:
         return None
+    size = -(-options["size"] // SIZE_UNIT) * SIZE_UNIT
     packed = ((check_name(name), granularity.bit_length() - 1) for name, granularity in bitmaps)
-    return measured_length(header.geometry(), header.size, packed)
+    return measured_length(geometry_for(options), size, packed)
 
 
 def tracked(node: Qcow2Node) -> Tracking:

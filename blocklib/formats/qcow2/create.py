@@ -26,29 +26,20 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     Raises OptionError for options that contradict each other or the format.
     """
     version = VERSIONS[options["compat"]]
-    cluster_size = options["cluster_size"]
-    if cluster_size & (cluster_size - 1) or not 1 << 9 <= cluster_size <= 1 << 21:
-        raise _bad("cluster_size", f"the cluster size must be a power of two between 512 and 2 MiB, not {cluster_size}")
-    width = options["refcount_bits"]
-    if width & (width - 1) or not 1 <= width <= 64:
-        raise _bad("refcount_bits", f"refcount_bits must be a power of two from 1 to 64, not {width}")
+    geometry = geometry_for(options)
+    cluster_size = geometry.cluster_size
     if version == layout.VERSION_2:
-        if width != 16:
-            raise _bad("refcount_bits", "refcount widths other than 16 bits need compat=1.1")
         if options["lazy_refcounts"]:
             raise _bad("lazy_refcounts", "lazy refcounts need compat=1.1")
         if options["compression_type"] != "zlib":
             raise _bad("compression_type", f"compression_type={options['compression_type']} needs compat=1.1")
         if options["extended_l2"]:
             raise _bad("extended_l2", "extended L2 entries need compat=1.1")
-    if options["extended_l2"] and cluster_size < 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS:
-        least = 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS
-        raise _bad("extended_l2", f"extended L2 entries need clusters of at least {least} bytes, not {cluster_size}")
     header = Header(
         version=version,
-        cluster_bits=cluster_size.bit_length() - 1,
+        cluster_bits=geometry.cluster_bits,
         size=-(-size // SIZE_UNIT) * SIZE_UNIT,
-        refcount_order=width.bit_length() - 1,
+        refcount_order=geometry.refcount_order,
         header_length=layout.HEADER_V2_LENGTH if version == layout.VERSION_2 else layout.HEADER_V3_LENGTH,
     )
     if options["lazy_refcounts"]:
@@ -73,6 +64,22 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if header.backing_name is not None and options["preallocation"] != "off" and not options["extended_l2"]:
         raise _bad("preallocation", "preallocation and a backing file exclude each other without extended_l2=on")
     return header
+
+
+def geometry_for(options: Mapping[str, Any]) -> Geometry:
+    """The layout that creation options ask for, whatever else they say.  Raises OptionError."""
+    cluster_size = options["cluster_size"]
+    if cluster_size & (cluster_size - 1) or not 1 << 9 <= cluster_size <= 1 << 21:
+        raise _bad("cluster_size", f"the cluster size must be a power of two between 512 and 2 MiB, not {cluster_size}")
+    width = options["refcount_bits"]
+    if width & (width - 1) or not 1 <= width <= 64:
+        raise _bad("refcount_bits", f"refcount_bits must be a power of two from 1 to 64, not {width}")
+    if width != 16 and VERSIONS[options["compat"]] == layout.VERSION_2:
+        raise _bad("refcount_bits", "refcount widths other than 16 bits need compat=1.1")
+    if options["extended_l2"] and cluster_size < 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS:
+        least = 1 << layout.EXTENDED_L2_MIN_CLUSTER_BITS
+        raise _bad("extended_l2", f"extended L2 entries need clusters of at least {least} bytes, not {cluster_size}")
+    return Geometry(cluster_size.bit_length() - 1, width.bit_length() - 1, bool(options["extended_l2"]))
 
 
 def _set_data_file(header: Header, options: Mapping[str, Any]) -> None:

@@ -430,13 +430,13 @@ class Qcow2Node(SnapshotNode):
 
     @classmethod
     def measure(cls, options: Mapping[str, Any], data_bytes: Callable[[int], int]) -> tuple[int, int]:
-        from blocklib.formats.qcow2.create import header_for
+        from blocklib.formats.qcow2.create import geometry_for
         from blocklib.formats.qcow2.geometry import measure_size
 
-        header = header_for(options["size"], options)
-        geometry = header.geometry()
+        geometry = geometry_for(options)  # of options that exclude each other, qemu-img asks no more
+        size = -(-options["size"] // SIZE_UNIT) * SIZE_UNIT
         data = data_bytes(geometry.cluster_size)
-        measured = measure_size(geometry, header.size, data, preallocation=options["preallocation"])
+        measured = measure_size(geometry, size, data, preallocation=options["preallocation"])
         return measured.required, measured.fully_allocated
 
     @classmethod
