@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from blocklib import jobs, policy
     from blocklib.bitmaps import Bitmap
     from blocklib.creating import create
+    from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
     from blocklib.diskfile import DiskFile
     from blocklib.extents import EXTENT_DTYPE, RANGE_DTYPE, Extent
@@ -80,6 +81,7 @@ _PLACES = {
     "Limits": "policy",
     "RANGE_DTYPE": "extents",
     "Reference": "policy",
+    "Secret": "crypto.secrets",
     "describe_options": "options",
     "create": "creating",
     "info": "opening",
@@ -174,6 +176,7 @@ __all__ = [
     "RepairReport",
     "RepairStep",
     "RequestError",
+    "Secret",
     "SnapshotInfo",
     "StalePlanError",
     "StorageError",

@@ -16,7 +16,7 @@ from blocklib.errors import (
 )
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
 from blocklib.opening import FROM_IMAGE, image_info, open_disk, open_metadata, spec_of
-from blocklib.options import OptionValue, check_options
+from blocklib.options import OptionValue, check_options, nest
 from blocklib.policy import PlainPath, Target, has_protocol, resolve_backing_name
 from blocklib.reports import ImageInfo
 
@@ -181,12 +181,19 @@ def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | Non
         mode = "metadata"  # what is not mapped would not be part of the data file
     if mode != "off" and format != "raw":
         data_file = FROM_IMAGE if data_path is None else {"driver": "file", "filename": data_path}
-        with open_disk(PlainPath(path), "r+", format=format, backing=None, data_file=data_file) as disk:
+        secret = opening_options(typed)
+        with open_disk(PlainPath(path), "r+", format=format, backing=None, data_file=data_file, options=secret) as disk:
             disk.node.preallocate(mode)
 
 
 def _hint(file: Node, typed: Mapping[str, Any]) -> None:
     file.take_hints(in_place=typed["nocow"], extent_size=typed["extent_size_hint"] or 0)
+
+
+def opening_options(options: Mapping[str, Any]) -> dict[str, OptionValue]:
+    """What opening an image takes that was made with creation `options`: its secret, if it has one."""
+    secret = nest(options).get("encrypt", {}).get("key-secret")
+    return {} if secret is None else {"encrypt.key-secret": secret}
 
 
 class _OpenFile:

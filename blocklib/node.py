@@ -68,7 +68,7 @@ class WriteTicket:
 WriteRun: TypeAlias = "tuple[Edge | None, int, int, WriteTicket | None]"
 """(child, child offset in bytes, length in bytes, ticket or None where the child may be written in place).
 
-With child None the node itself must see the bytes: they go to its `write_special`.
+With child None the node itself must see the bytes: they go to its `write_special`, with the offset as it stands here.
 """
 
 
@@ -264,8 +264,11 @@ class Node:
         """
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
 
-    def write_special(self, offset: int, data: memoryview) -> None:
-        """Write `data` to a run that `prepare_write` gave no child for (not longer than that run)."""
+    def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
+        """Write `views`, one after the other, to `offset`, for which `prepare_write` gave `place` but no child.
+
+        Not longer than that run, with the head and the tail of its ticket.
+        """
         raise UsageError(f"{self.driver}: nothing here needs encoding")
 
     def grow_to(self, end: int) -> None:

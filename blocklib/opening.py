@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from blocklib import drivers, graph
 from blocklib.disk import Disk
@@ -25,6 +25,9 @@ from blocklib.node import DetectZeroes, NamedReference, Node
 from blocklib.options import CacheMode, OptionValue, cache_flags, check_options, common_value, nest, options_of
 from blocklib.policy import Limits, Reference, References, RestrictedFile, Target, check_references, decide
 from blocklib.reports import ImageInfo
+
+if TYPE_CHECKING:
+    from blocklib.crypto.secrets import Secret
 
 
 class FromImage:
@@ -115,10 +118,13 @@ def open_disk(
     data_file: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
     options: Mapping[str, OptionValue] | None = None,
     guess_raw: bool = False,
+    secrets: Mapping[str, Secret] | None = None,
+    locked: bool = False,
 ) -> Disk:
     """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image.
 
-    ``data_file=None`` opens no data file, for who changes nothing but metadata.
+    ``data_file=None`` opens no data file, for who changes nothing but metadata.  `secrets` are those that options, also of
+    images below, may name by their ids.  `locked`: no data will be read, so that encrypted images need no secret.
     """
     if mode not in ("r", "r+"):
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
@@ -146,7 +152,14 @@ def open_disk(
             "where references are allowed, format= must be given: a guessed image could name any file of this host"
         )
     _refuse_contradiction(spec, mode)
-    builder = _Builder(references, limits or Limits(), guess_raw=guess_raw, with_data_file=data_file is not None)
+    builder = _Builder(
+        references,
+        limits or Limits(),
+        guess_raw=guess_raw,
+        with_data_file=data_file is not None,
+        secrets=secrets,
+        locked=locked,
+    )
     try:
         node = builder.build(spec, path, read_only=mode == "r", inherited={})
         _refuse_equal_names(node)
@@ -270,12 +283,16 @@ class _Builder:
         guess_raw: bool = False,
         metadata_only: bool = False,
         with_data_file: bool = True,
+        secrets: Mapping[str, Secret] | None = None,
+        locked: bool = False,
     ) -> None:
         self._references = references
         self._limits = limits
         self._guess_raw = guess_raw
         self._metadata_only = metadata_only
         self._with_data_file = with_data_file
+        self._secrets = secrets if secrets is not None else {}
+        self._locked = locked
         self.nodes: list[Node] = []
 
     def release(self) -> None:
@@ -393,6 +410,10 @@ class _Builder:
         self, driver: str, options: dict[str, Any], file_node: Node, *, read_only: bool, guessed: bool
     ) -> Node:
         typed = check_options(driver, {**options, "file": {}})
+        if isinstance(typed.get("encrypt.key-secret"), str) and not self._metadata_only and not self._locked:
+            from blocklib.crypto.secrets import find_secret
+
+            typed["encrypt.key-secret"] = find_secret(self._secrets, typed["encrypt.key-secret"], "encrypt.key-secret")
         read_only = read_only or bool(typed["read-only"])
         if file_node.read_only and not read_only:
             if not typed["auto-read-only"]:
@@ -401,7 +422,7 @@ class _Builder:
             read_only = True
         extra: dict[str, Any] = {}
         if driver == "qcow2":
-            extra = {"limits": self._limits, "metadata_only": self._metadata_only}
+            extra = {"limits": self._limits, "metadata_only": self._metadata_only, "locked": self._locked}
         elif driver == "raw":
             extra = {"guessed": guessed}
         node = _make(driver, typed, read_only=read_only, filename=file_node.filename, **extra)
@@ -488,6 +509,8 @@ class _Builder:
                 return
             if isinstance(below, Disk):
                 backing = below.node
+            elif (named := _named_backing(node, below)) is not None:
+                backing = self._open_reference(named, references, inherited, above, below)
             else:
                 spec, path = spec_of(below)
                 backing = self.build(spec, path, read_only=True, inherited=inherited, above=above, references=references)
@@ -502,14 +525,20 @@ class _Builder:
             change.attach(node, "backing", backing)
 
     def _open_reference(
-        self, named: NamedReference, references: References, inherited: Mapping[str, Any], above: tuple[Node, ...]
+        self,
+        named: NamedReference,
+        references: References,
+        inherited: Mapping[str, Any],
+        above: tuple[Node, ...],
+        extra: Mapping[str, Any] | None = None,
     ) -> Node:
-        """Open the file that the last image `above` names, if the policy lets us."""
+        """Open the file that the last image `above` names, if the policy lets us, with `extra` options."""
         referrer = above[-1].filename
         self._limits.check("chain_depth", len(above), structure="backing chain", node=referrer)
         _refuse_loop(above)
         target = decide(references, Reference(named.kind, named.name, named.format, referrer, len(above)))
         spec, path = spec_of(target)
+        _merge_options(spec, extra or {})
         if "driver" not in spec and named.format is not None:
             if named.format not in _FORMATS_OF_FILES:
                 raise UnsupportedFeatureError(
@@ -543,6 +572,15 @@ def _refuse_own_file(node: Node, data: Node) -> None:
         found=data.filename,
         node=node.filename,
     )
+
+
+def _named_backing(node: Node, options: Any) -> NamedReference | None:
+    """The backing file that `node` names, where `options` say something of it but not which file it is; else None."""
+    if not isinstance(options, Mapping) or not {"file", "filename"}.isdisjoint(nest(options)):
+        return None
+    if options.get("driver") not in (None, *drivers.FORMATS):
+        return None
+    return next((item for item in node.references() if item.kind == "backing"), None)
 
 
 def _refuse_loop(above: tuple[Node, ...]) -> None:

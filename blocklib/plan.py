@@ -105,14 +105,18 @@ def _write(node: Node, offset: int, data: memoryview) -> None:
     while done < length:
         child, child_offset, n, ticket = node.prepare_write(offset + done, length - done)
         part = data if n == length else data[done : done + n]
-        if child is None:
-            node.write_special(offset + done, part)
-        elif ticket is None:
-            child.write(child_offset, (part,))
+        if ticket is None:
+            if child is None:
+                node.write_special(offset + done, child_offset, (part,))
+            else:
+                child.write(child_offset, (part,))
         else:
             try:
                 views = _copy_on_write(node, offset + done, part, ticket)
-                child.write(child_offset - ticket.head, views)
+                if child is None:
+                    node.write_special(offset + done - ticket.head, child_offset - ticket.head, views)
+                else:
+                    child.write(child_offset - ticket.head, views)
             except BaseException:
                 ticket.abort()
                 raise

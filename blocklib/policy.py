@@ -48,6 +48,8 @@ class Limits:
     cluster_size: int = 2 * MiB
     decompressed_bytes: int = 2 * MiB
     """What one compressed piece may become: a cluster."""
+    key_iterations: int = 1 << 27
+    """Iterations of PBKDF2 that opening an encrypted image may take in all: some minutes at the most."""
 
     def check(self, limit: str, value: int, *, structure: str, host_offset: int | None = None, node: str | None = None) -> None:
         """Raises ImageLimitError when `value`, which `structure` asks for, is above the limit of that name."""

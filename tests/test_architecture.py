@@ -18,7 +18,7 @@ MAX_LINES = 650
 # A room may import itself and the rooms of the floors below its own.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_fast", "errors"}),
-    frozenset({"buffers", "drivers", "extents", "reports", "requests", "sizes"}),
+    frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes"}),
     frozenset({"dirty_bits", "options"}),
     frozenset({"policy"}),
     frozenset({"node", "probe", "tracking"}),

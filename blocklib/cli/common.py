@@ -12,17 +12,19 @@ from blocklib.errors import BlocklibError, UsageError
 from blocklib.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from blocklib.cli.progress import Reporter
     from blocklib.disk import Disk
     from blocklib.jobs import Job
-    from blocklib.options import CacheMode
+    from blocklib.options import CacheMode, OptionValue
     from blocklib.policy import Target
 
 R = TypeVar("R")
 
 CACHE_MODES: tuple[CacheMode, ...] = ("none", "writeback", "writethrough", "directsync", "unsafe")
+SECRET_OPTIONS = ("encrypt.key-secret", "encrypt.new-secret", "encrypt.old-secret")
+"""Options whose values are ids of --object secrets."""
 _POLL = 0.1
 """Seconds between two looks at the progress of a job; its end is seen at once."""
 
@@ -74,15 +76,23 @@ def cache_mode(given: Given, option: str, default: CacheMode, *, code: int = 1) 
 
 
 def check_objects(given: Given) -> None:
-    """Check that every --object is a well-formed secret.  Nothing asks for secrets until images can be encrypted."""
-    for text in given.all("--object"):
-        kind, _, rest = text.partition(",")
-        properties = [part.partition("=") for part in rest.split(",")]
-        names = [name for name, equals, value in properties if equals and value]
-        if kind.removeprefix("qom-type=") != "secret":
-            raise Failure(f"--object {kind}: no such kind of object; there is 'secret'")
-        if "id" not in names or not {"data", "file"} & set(names):
-            raise Failure("--object secret: needs id=ID and data=TEXT or file=NAME")
+    """Make the secrets that --object defines, for what opens and creates images later.  Raises Failure."""
+    if given.has("--object"):
+        from blocklib.cli.objects import secrets_of
+
+        given.secrets = secrets_of(given.all("--object"))
+
+
+def with_secrets(given: Given, options: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """`options` of one image, with the secrets themselves in place of the ids that name them.  Raises OptionError."""
+    found = dict(options)
+    for name in SECRET_OPTIONS:
+        value = found.get(name)
+        if isinstance(value, str):
+            from blocklib.crypto.secrets import find_secret
+
+            found[name] = find_secret(given.secrets, value, name)
+    return found
 
 
 # -- opening images ---------------------------------------------------------------------------------------------------
@@ -132,11 +142,13 @@ def open_image(
     alone: bool = False,
     snapshot: Mapping[str, str] | None = None,
     with_data_file: bool = True,
+    locked: bool = False,
 ) -> Disk:
     """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
 
     Without `share`, -U is for other images of the command line.  `alone`: without what is below it.  `snapshot`: options
-    that name the snapshot to be read.  Without `with_data_file`, only metadata is going to be touched.
+    that name the snapshot to be read.  Without `with_data_file`, only metadata is going to be touched.  `locked`: no data
+    will be read, so that no secret is needed.
     """
     from blocklib.opening import FROM_IMAGE, open_disk
 
@@ -153,6 +165,8 @@ def open_image(
         backing=None if alone else FROM_IMAGE,
         data_file=FROM_IMAGE if with_data_file else None,
         options=snapshot,
+        secrets=given.secrets,
+        locked=locked,
     )
 
 

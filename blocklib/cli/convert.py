@@ -23,6 +23,7 @@ from blocklib.cli.common import (
     run_job,
     size_value,
     target_of,
+    with_secrets,
 )
 from blocklib.cli.create import CREATION_OPTIONS, check_backing, check_distinct, parse_option_lists, print_option_help
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
@@ -206,7 +207,7 @@ def _into_new(given: Given, sources: list[Disk], text: str, driver: str, cache: 
         compress=_compression(given, options),
         threads=_threads(given),
         unordered=given.has("-W"),
-        options=options,
+        options=with_secrets(given, options),
         references="deny" if untrusted else "allow",
         cache=cache,
         sparse_size=_sparse_size(given),

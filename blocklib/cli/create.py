@@ -14,6 +14,7 @@ from blocklib.cli.common import (
     open_image,
     size_value,
     target_of,
+    with_secrets,
 )
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
 from blocklib.cli.output import printable
@@ -41,6 +42,15 @@ SYNTAX = Syntax(
 # What qemu-img prints of each format, in its order, with the values that it prints although nobody gave them.
 _SHOWN: Mapping[str, Sequence[tuple[str, str | None]]] = {
     "qcow2": (
+        ("encryption", None),
+        ("encrypt.format", None),
+        ("encrypt.key-secret", None),
+        ("encrypt.cipher-alg", None),
+        ("encrypt.cipher-mode", None),
+        ("encrypt.ivgen-alg", None),
+        ("encrypt.ivgen-hash-alg", None),
+        ("encrypt.hash-alg", None),
+        ("encrypt.iter-time", None),
         ("cluster_size", "65536"),
         ("extended_l2", "off"),
         ("preallocation", None),
@@ -117,7 +127,7 @@ def _look_at_backing(session: Session, given: Given, filename: str, backing: str
     from blocklib.policy import resolve_backing_name
 
     full_name = resolve_backing_name(filename, backing)
-    with open_image(session, given, Name(full_name, driver, is_options=False)) as disk:
+    with open_image(session, given, Name(full_name, driver, is_options=False), locked=True) as disk:
         check_distinct(filename, disk)
         return disk.size
 
@@ -184,4 +194,4 @@ def make_image(given: Given, filename: str, driver: str, options: Mapping[str, s
     import blocklib
 
     target = target_of(Name(filename, driver, is_options=False), untrusted=given.has("--untrusted"))
-    blocklib.create(target, format=driver, overwrite=True, options=options)
+    blocklib.create(target, format=driver, overwrite=True, options=with_secrets(given, options))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import getopt as _getopt
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from blocklib.crypto.secrets import Secret
 
 
 class UsageFailure(Exception):
@@ -53,6 +56,8 @@ class Given:
         self.operands = operands
         self.sequence = tuple(sequence)
         """(first name, value or "") of every option, in the order of the command line."""
+        self.secrets: dict[str, Secret] = {}
+        """What the --object options define, once a command has asked for it."""
 
     def has(self, name: str) -> bool:
         return name in self._values

@@ -40,7 +40,13 @@ def run(session: Session, given: Given) -> int:
     if len(given.operands) > 1:
         raise UsageFailure("expects at most one file name")
     untrusted = given.has("--untrusted")
-    with Shell(session, image_opts=given.has("--image-opts"), untrusted=untrusted, misaligned=given.has("-m")) as shell:
+    with Shell(
+        session,
+        image_opts=given.has("--image-opts"),
+        untrusted=untrusted,
+        misaligned=given.has("-m"),
+        secrets=given.secrets,
+    ) as shell:
         if given.operands:
             name = name_of(given, given.operands[0])
             shell.open(opening_of(given, target_of(name, untrusted=untrusted), name.format, {}))

@@ -14,6 +14,7 @@ from blocklib.cli.session import Failure, Session
 from blocklib.errors import BlocklibError
 
 if TYPE_CHECKING:
+    from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
     from blocklib.options import CacheMode, OptionValue
     from blocklib.policy import Target
@@ -79,8 +80,17 @@ def opening_of(given: Given, target: Target, image_format: str | None, options: 
 class Shell:
     """The state between commands.  Leaving it as a context manager shows what is pending and closes the disk."""
 
-    def __init__(self, session: Session, *, image_opts: bool, untrusted: bool, misaligned: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        image_opts: bool,
+        untrusted: bool,
+        misaligned: bool,
+        secrets: Mapping[str, Secret] | None = None,
+    ) -> None:
         self.session = session
+        self._secrets = secrets
         self.image_opts = image_opts
         """The command ``open`` takes options for a file name."""
         self.untrusted = untrusted
@@ -168,6 +178,7 @@ class Shell:
             discard=opening.discard,
             force_share=opening.force_share,
             options=opening.options or None,
+            secrets=self._secrets,
         )
         if write and opening.format is None and not isinstance(opening.target, Mapping):
             top = disk.chain()[0]

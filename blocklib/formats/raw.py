@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from blocklib.buffers import zeroes
@@ -114,16 +114,17 @@ class RawNode(Node):
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:
         if self.guessed and offset < _SECTOR:
-            return None, offset, min(length, _SECTOR - offset), None
+            return None, self.offset + offset, min(length, _SECTOR - offset), None
         return self._file, self.offset + offset, length, None
 
-    def write_special(self, offset: int, data: memoryview) -> None:
+    def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         """Write inside the first sector of a guessed image.  Raises ReadOnlyError where that would change the guess."""
         from blocklib.probe import probe
 
         with self._first_sector:
             start = bytearray(_SECTOR)
             self._file.read(self.offset, memoryview(start))
+            data = b"".join(views)
             start[offset : offset + len(data)] = data
             found = probe(bytes(start))
             if found is not None:
@@ -132,12 +133,12 @@ class RawNode(Node):
                     "opening would believe; its format was guessed to be raw: say format=raw to allow such writes",
                     node=self.name,
                 )
-            self._file.write(self.offset + offset, (data,))
+            self._file.write(place, (data,))
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         if self.guessed and self._is_part_of_first_sector(offset, length):
             n = min(length, _SECTOR - offset)
-            self.write_special(offset, zeroes(n))
+            self.write_special(offset, self.offset + offset, (zeroes(n),))
             offset, length = offset + n, length - n
         self._file.write_zeroes(self.offset + offset, length, unmap=unmap)
 

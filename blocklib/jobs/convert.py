@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import drivers
-from blocklib.creating import create
+from blocklib.creating import create, opening_options
 from blocklib.disk import Disk
 from blocklib.errors import (
     ImageExistsError,
@@ -299,6 +299,7 @@ class NewImage:
             discard="unmap",
             backing=backing,
             data_file=data_file,
+            options=opening_options(self._options),
         )
 
     @property

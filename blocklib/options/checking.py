@@ -162,6 +162,8 @@ def _typed(driver: str, option: Option, value: Any) -> Any:
             return _as_bool(driver, option, value)
         case "choice":
             return _as_choice(driver, option, value)
+        case "secret":
+            return _as_secret(driver, option, value)
         case "node":
             return _as_child(driver, option, value)
         case _:
@@ -206,6 +208,15 @@ def _as_choice(driver: str, option: Option, value: Any) -> str:
 def _as_child(driver: str, option: Option, value: Any) -> Any:
     if isinstance(value, (bool, int, float, bytes, list, tuple)) or (value is None and option.required):
         raise _bad(driver, option, value, "is a child: nested options, or the name of a node or file")
+    return value
+
+
+def _as_secret(driver: str, option: Option, value: Any) -> Any:
+    from blocklib.crypto.secrets import Secret
+
+    if not isinstance(value, (str, Secret)):  # not shown: it may be a secret in the wrong wrapping
+        text = f"option {option.name!r} is a blocklib.Secret, not {type(value).__name__}"
+        raise OptionError(f"{driver}: {text}" if driver else text, option=option.name, driver=driver or None)
     return value
 
 

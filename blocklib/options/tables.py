@@ -13,8 +13,9 @@ from blocklib.drivers import check_name
 from blocklib.errors import OptionError
 from blocklib.sizes import MAX_SIZE, GiB, MiB
 
-Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node"]
-"""`name` is the name of a node; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
+Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node", "secret"]
+"""`name` is the name of a node; `secret` a Secret, or the id of one; `node` is a child: nested options, a name of a node or
+file, an open disk, or None."""
 Table: TypeAlias = Literal["open", "create", "amend"]
 
 
@@ -121,6 +122,8 @@ _QCOW2: tuple[Option, ...] = (
     Option("overlap-check.inactive-l1", "bool", "No write may hit the L1 table of a snapshot"),
     Option("overlap-check.inactive-l2", "bool", "No write may hit an L2 table of a snapshot; they are read for that"),
     Option("overlap-check.bitmap-directory", "bool", "No write may hit the bitmap directory"),
+    Option("encrypt.format", "choice", "How the image must be encrypted; default: as it says", choices=("aes", "luks")),
+    Option("encrypt.key-secret", "secret", "The secret that opens an encrypted image"),
 )
 
 OPEN: Mapping[str, tuple[Option, ...]] = {
@@ -152,6 +155,40 @@ _CREATE_FILE: tuple[Option, ...] = (
         choices=_PREALLOCATED_FILE,
     ),
     _SIZE,
+)
+
+_HASHES = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
+_CREATE_ENCRYPTED: tuple[Option, ...] = (
+    Option("encryption", "bool", "Old name of encrypt.format=aes (default: off)", default=False),
+    Option("encrypt.format", "choice", "Encrypt the image (luks; aes, for old programs, is weak)", choices=("aes", "luks")),
+    Option("encrypt.key-secret", "secret", "Id of the secret that will open the image"),
+    Option(
+        "encrypt.cipher-alg",
+        "choice",
+        "Cipher (aes-128, aes-192, aes-256; default: aes-256)",
+        choices=("aes-128", "aes-192", "aes-256"),
+    ),
+    Option(
+        "encrypt.cipher-mode",
+        "choice",
+        "Mode of the cipher (xts, cbc, ctr, ecb; default: xts)",
+        choices=("xts", "cbc", "ctr", "ecb"),
+    ),
+    Option(
+        "encrypt.ivgen-alg",
+        "choice",
+        "What a sector's IV is made of (plain, plain64, essiv; default: plain64)",
+        choices=("plain", "plain64", "essiv"),
+    ),
+    Option("encrypt.ivgen-hash-alg", "choice", "Hash for essiv (default: sha256)", choices=_HASHES),
+    Option("encrypt.hash-alg", "choice", "Hash that protects the key (default: sha256)", choices=_HASHES),
+    Option(
+        "encrypt.iter-time",
+        "int",
+        "Milliseconds that opening a key slot shall take (default: 2000)",
+        minimum=1,
+        maximum=3_600_000,
+    ),
 )
 
 CREATE: Mapping[str, tuple[Option, ...]] = {
@@ -186,6 +223,7 @@ CREATE: Mapping[str, tuple[Option, ...]] = {
         Option("data_file", "str", "File that holds the guest's data, each byte at its guest offset"),
         Option("data_file_raw", "bool", "Keep the data file readable as a raw image (default: off)", default=False),
         Option("extended_l2", "bool", "Divide clusters into 32 subclusters (default: off)", default=False),
+        *_CREATE_ENCRYPTED,
         Option("lazy_refcounts", "bool", "Postpone updates of reference counts (default: off)", default=False),
         Option(
             "preallocation",
@@ -226,10 +264,8 @@ AMEND: Mapping[str, tuple[Option, ...]] = {
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
     ("open", "qcow2"): (
         "cache-clean-interval",
-        "encrypt",
         "pass-discard-other",
     ),
-    ("create", "qcow2"): ("encrypt", "encryption"),
     ("amend", "qcow2"): ("encrypt",),
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""

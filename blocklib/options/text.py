@@ -10,9 +10,12 @@ from blocklib.errors import OptionError
 if TYPE_CHECKING:
     import os
 
+    from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
 
-OptionValue: TypeAlias = "str | int | bool | os.PathLike[str] | Disk | Mapping[str, OptionValue] | Sequence[OptionValue] | None"
+OptionValue: TypeAlias = (
+    "str | int | bool | os.PathLike[str] | Disk | Secret | Mapping[str, OptionValue] | Sequence[OptionValue] | None"
+)
 """What an option may be given as."""
 
 JSON_PREFIX = "json:"

@@ -14,7 +14,6 @@ import pytest
 import blocklib
 from blocklib import GiB, KiB, MiB, Reference, errors
 from tests.api.images import PATTERN, make_disk, make_raw, patch, set_incompatible
-from tests.programs import Program
 
 TREE: list[tuple[str, str, type[BaseException] | None]] = [
     ("BlocklibError", "", None),
@@ -305,21 +304,6 @@ def test_unknown_incompatible_features_are_named_before_anything_is_read() -> No
     (feature,) = caught.value.features
     assert "40" in feature
     assert caught.value.host_offset == 72
-
-
-@pytest.mark.parametrize(
-    ("options", "feature"),
-    [
-        ("encrypt.format=aes,encrypt.key-secret=s", "encryption"),
-    ],
-)
-def test_an_image_that_needs_what_we_lack_is_refused_by_name(qemu_img: Program, options: str, feature: str) -> None:
-    qemu_img("create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o", options, "disk.qcow2", "1M")
-    for mode in ("r", "r+"):
-        with pytest.raises(blocklib.UnsupportedFeatureError) as caught:
-            blocklib.open("disk.qcow2", mode)
-        assert feature in " ".join(caught.value.features).lower()
-    assert blocklib.info("disk.qcow2").virtual_size == 1 * MiB
 
 
 @pytest.mark.parametrize("mode", ["r", "r+"])

@@ -13,6 +13,7 @@ from blocklib.formats.qcow2.header_write import serialize_header
 from blocklib.formats.qcow2.tables import table_to_bytes, zero_table
 
 if TYPE_CHECKING:
+    from blocklib.formats.qcow2.encryption import NewArea
     from blocklib.graph import Edge
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -50,6 +51,13 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if options["extended_l2"]:
         header.incompatible_features |= layout.INCOMPATIBLE_EXTENDED_L2
     _set_data_file(header, options)
+    if options.get("encryption") or any(options.get(name) is not None for name in options if name.startswith("encrypt.")):
+        from blocklib.formats.qcow2.encryption import method_for
+
+        header.crypt_method = method_for(options)
+        if version == layout.VERSION_2 and header.crypt_method and options["preallocation"] != "off":
+            # What was never written decrypts to noise, and version 2 cannot say that it is zero.
+            raise _bad("preallocation", "preallocation of an encrypted image needs compat=1.1")
     header.backing_name = options.get("backing_file")
     if header.backing_name is not None:
         header.backing_format = options.get("backing_fmt")
@@ -100,33 +108,59 @@ def _set_data_file(header: Header, options: Mapping[str, Any]) -> None:
         header.autoclear_features |= layout.AUTOCLEAR_RAW_EXTERNAL
 
 
+def encryption_area(header: Header, options: Mapping[str, Any]) -> NewArea | None:
+    """The encryption header of a new image, with its keys; None where it has none.  See `encryption.make_area`."""
+    if header.crypt_method == layout.CRYPT_NONE:
+        return None
+    from blocklib.formats.qcow2.encryption import make_area
+
+    return make_area(options)
+
+
+def encryption_length(options: Mapping[str, Any]) -> int:
+    """Bytes that it will take; no secret is needed for that."""
+    if options["encrypt.format"] != "luks":
+        return 0
+    from blocklib.formats.qcow2.encryption import area_length
+
+    return area_length(options)
+
+
 def _bad(option: str, text: str) -> OptionError:
     return OptionError(f"qcow2: {text}", option=option, driver="qcow2")
 
 
-def write_empty_image(file: Edge, header: Header) -> None:
+def write_empty_image(file: Edge, header: Header, encryption: NewArea | None = None) -> None:
     """Write the metadata of an image without data into an empty file or a device, durable on return; completes `header`."""
     geometry = header.geometry()
     header.l1_size = geometry.l1_entries_for(header.size)
     l1_clusters = geometry.l1_clusters_for(header.l1_size)
-    counts = geometry.refcount_metadata(1 + l1_clusters)
+    encryption_clusters = geometry.clusters_for(encryption.length) if encryption is not None else 0
+    counts = geometry.refcount_metadata(1 + l1_clusters + encryption_clusters)
     cluster_size = geometry.cluster_size
     header.refcount_table_offset = cluster_size
     header.refcount_table_clusters = counts.table_clusters
     first_block = 1 + counts.table_clusters
     header.l1_table_offset = (first_block + counts.blocks) * cluster_size
-    total = first_block + counts.blocks + l1_clusters
+    encryption_offset = header.l1_table_offset + l1_clusters * cluster_size
+    total = first_block + counts.blocks + l1_clusters + encryption_clusters
     table = zero_table("Q", counts.table_clusters * cluster_size)
     for index in range(counts.blocks):
         table[index] = (first_block + index) * cluster_size
     was_empty = file.size == 0
     file.truncate(total * cluster_size)
     if not was_empty:  # a device keeps what it held
-        file.write_zeroes(header.l1_table_offset, l1_clusters * cluster_size, unmap=False)
+        file.write_zeroes(header.l1_table_offset, (l1_clusters + encryption_clusters) * cluster_size, unmap=False)
     file.write(header.refcount_table_offset, (table_to_bytes(table),))
     for index in range(counts.blocks):
         used = min(total - (index << geometry.refcount_block_bits), geometry.refcount_block_entries)
         file.write((first_block + index) * cluster_size, (_counts_of_one(geometry, used),))
+    if encryption is not None:
+        from blocklib.formats.qcow2.encryption import pointer
+
+        for offset, part in encryption.parts:
+            file.write(encryption_offset + offset, (part,))
+        header.set_extension(layout.EXTENSION_ENCRYPTION, pointer(encryption_offset, encryption.length))
     file.flush()
     file.write(0, (serialize_header(header),))
     file.flush()

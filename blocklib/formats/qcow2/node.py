@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from blocklib.errors import BlocklibError, ImageCorruptError, UnsupportedFeatureError
+from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import autoclear, data_file, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
@@ -42,6 +42,7 @@ from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
+    from blocklib.formats.qcow2.encryption import Encryption, Locked
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport
     from blocklib.tracking import BitmapStore
@@ -71,11 +72,14 @@ class Qcow2Node(SnapshotNode):
         read_only: bool,
         limits: Limits | None = None,
         metadata_only: bool = False,
+        locked: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, filename, read_only=read_only)
         self.limits = limits if limits is not None else Limits()
         self.metadata_only = metadata_only
+        self.locked = locked
+        """Encrypted data will not be read or written, so that no secret is needed."""
         self.options = options if options is not None else {}
         self.lock = threading.Lock()
         """Guards tables, counts, allocations and the list of freed clusters; memory only, never held across I/O."""
@@ -83,6 +87,8 @@ class Qcow2Node(SnapshotNode):
         self.writeback = WriteBack(self)
         self.corruption: str | None = None
         """What was found corrupt on the way to a write, after which nothing more is written."""
+        self.crypt: Encryption | Locked | None = None
+        """What encrypts and decrypts the data; None where nothing does."""
         self._holes_asked = False
         self.snapshots = []
         self._data_child = "file"
@@ -93,10 +99,11 @@ class Qcow2Node(SnapshotNode):
 
     @classmethod
     def image_maker(cls, options: Mapping[str, Any]) -> Callable[[Edge], None]:
-        from blocklib.formats.qcow2.create import header_for, write_empty_image
+        from blocklib.formats.qcow2.create import encryption_area, header_for, write_empty_image
 
         header = header_for(options["size"], options)
-        return lambda file: write_empty_image(file, header)
+        encryption = encryption_area(header, options)
+        return lambda file: write_empty_image(file, header, encryption)
 
     def preallocate(self, preallocation: Preallocation) -> None:
         from blocklib.formats.qcow2.resize import preallocate
@@ -133,8 +140,12 @@ class Qcow2Node(SnapshotNode):
         if self.metadata_only:
             self.load_named_snapshot()
             return
-        self._refuse_what_is_not_supported(self.header)
+        check_supported(self.header, SUPPORTED_INCOMPATIBLE, node=self.filename)
         self._data_child = data_file.CHILD if data_file.is_external(self.header) else "file"
+        if self.crypt is None and (self.header.crypt_method or self.options.get("encrypt.format")):
+            from blocklib.formats.qcow2.encryption import open_encryption
+
+            self.crypt = open_encryption(self)
         header, geometry = self.header, self.geometry
         self.snapshots = read_snapshots(file, header, node=self.filename)
         settings = settings_for(self.options, header, node=self.filename)
@@ -203,12 +214,6 @@ class Qcow2Node(SnapshotNode):
             bytes(start), limits=self.limits, file_length=file.size, for_check=self.metadata_only, node=self.filename
         )
 
-    def _refuse_what_is_not_supported(self, header: Header) -> None:
-        check_supported(header, SUPPORTED_INCOMPATIBLE, node=self.filename)
-        if header.crypt_method != layout.CRYPT_NONE:
-            name = layout.CRYPT_NAMES.get(header.crypt_method, str(header.crypt_method))
-            raise self._unsupported(f"encryption ({name})", "opened")
-
     def _refuse_what_cannot_be_written(self) -> None:
         header = self.header
         self.refuse_to_write_snapshot()
@@ -234,14 +239,6 @@ class Qcow2Node(SnapshotNode):
         from blocklib.formats.qcow2.bitmaps import StoredBitmaps
 
         return StoredBitmaps(self)
-
-    def _unsupported(self, feature: str, verb: str) -> UnsupportedFeatureError:
-        return UnsupportedFeatureError(
-            f"{self.filename}: an image with {feature} cannot be {verb} yet",
-            features=(feature,),
-            structure="header",
-            node=self.filename,
-        )
 
     def activate(self) -> None:
         """Repair a dirty image and clear autoclear bits that we do not keep up.  The image is writable and accepted."""
@@ -336,14 +333,18 @@ class Qcow2Node(SnapshotNode):
         table = mapping.cache.peek(slice_offset)
         if table is None:
             table = mapping.cache.load(slice_offset, self.lock)
-        return mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.data)
+        run = mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.data)
+        return run if self.crypt is None else self.crypt.hidden(run)
 
     def resolve_table(self, offset: int, length: int) -> RunTable:
         from blocklib.formats.qcow2.mapping_table import resolve_table
 
-        return resolve_table(self.mapping, self.file, offset, length)
+        runs = resolve_table(self.mapping, self.file, offset, length)
+        return runs if self.crypt is None else self.crypt.hide_table(runs)
 
     def read_special(self, offset: int, view: memoryview) -> bool:
+        if self.crypt is not None and self.crypt.read(self, offset, view):
+            return True
         return special.read(self, offset, view)
 
     def ask_for_holes(self) -> None:
@@ -373,10 +374,14 @@ class Qcow2Node(SnapshotNode):
                         index = mapping.index_in_slice(offset)
                         n_words = mapping.words_for(offset, n)
                         if trusted[index] if n_words == 1 else 0 not in trusted[index : index + n_words]:
-                            return self.data, host_offset, n, None
+                            return self.data if self.crypt is None else None, host_offset, n, None
         except ImageCorruptError:
             pass  # the slow way meets it again, and does what is to be done then
         return self.retry(lambda: writing.prepare(self, offset, length))
+
+    def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
+        assert self.crypt is not None
+        self.crypt.write(self, offset, place, views)
 
     def link(self, ticket: AllocationTicket) -> None:
         """Point the L2 entries of a ticket at its host clusters: the write is part of the image from now on."""
@@ -430,14 +435,15 @@ class Qcow2Node(SnapshotNode):
 
     @classmethod
     def measure(cls, options: Mapping[str, Any], data_bytes: Callable[[int], int]) -> tuple[int, int]:
-        from blocklib.formats.qcow2.create import geometry_for
+        from blocklib.formats.qcow2.create import encryption_length, geometry_for
         from blocklib.formats.qcow2.geometry import measure_size
 
         geometry = geometry_for(options)  # of options that exclude each other, qemu-img asks no more
         size = -(-options["size"] // SIZE_UNIT) * SIZE_UNIT
         data = data_bytes(geometry.cluster_size)
         measured = measure_size(geometry, size, data, preallocation=options["preallocation"])
-        return measured.required, measured.fully_allocated
+        extra = geometry.round_up(encryption_length(options))
+        return measured.required + extra, measured.fully_allocated + extra
 
     @classmethod
     def measure_bitmaps(cls, options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]]) -> int | None:

@@ -10,7 +10,7 @@ from blocklib.errors import ImageLimitError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import data_file, layout
 from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
-from blocklib.formats.qcow2.zeroing import forget_range
+from blocklib.formats.qcow2.zeroing import forget_range, zero_range
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -82,6 +82,8 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
     if size < old_size:
         _shrink(node, size)
     elif size > old_size:
+        if preallocation != "off" and node.crypt is not None and node.header.version == layout.VERSION_2:
+            raise UsageError(f"{node.filename}: preallocation of an encrypted image needs version 3 (compat=1.1)")
         lengthen_l1(node, node.geometry.l1_entries_for(size))
         if data_file.is_external(node.header):
             data_file.grow(node, old_size, size, preallocation)
@@ -182,6 +184,7 @@ def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> 
     """
     geometry, mapping = node.geometry, node.mapping
     slice_bytes = mapping.slice_entries << geometry.cluster_bits
+    begin = offset
     file_end = node.file.size
     host_end = file_end
     end = geometry.round_up(end)
@@ -195,6 +198,8 @@ def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> 
             if start < file_end:  # space that was used before
                 node.file.write_zeroes(start, min(n << geometry.cluster_bits, file_end - start), unmap=False)
         offset = stop
+    if node.crypt is not None:  # zeroes in the file decrypt to noise: it takes the metadata to say zero
+        zero_range(node, begin, end - begin, unmap=False)
     if host_end > node.file.size:
         node.file.truncate(host_end, "off" if mode == "metadata" else mode)
     node.writeback.flush()

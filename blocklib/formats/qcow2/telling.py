@@ -27,6 +27,7 @@ def format_specific(node: Qcow2Node) -> Mapping[str, Any]:
     data["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
     if header.version == layout.VERSION_2:
         data["refcount-bits"] = 16
+        _add_encryption(node, data)
         return data
     data["lazy-refcounts"] = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
     if header.has_bitmaps or node.bitmaps is not None:
@@ -40,6 +41,14 @@ def format_specific(node: Qcow2Node) -> Mapping[str, Any]:
         if header.data_file_name is not None:
             data["data-file"] = header.data_file_name
         data["data-file-raw"] = bool(header.autoclear_features & layout.AUTOCLEAR_RAW_EXTERNAL)
+    _add_encryption(node, data)
     data["corrupt"] = bool(header.incompatible_features & layout.INCOMPATIBLE_CORRUPT)
     data["extended-l2"] = bool(header.incompatible_features & layout.INCOMPATIBLE_EXTENDED_L2)
     return data
+
+
+def _add_encryption(node: Qcow2Node, data: dict[str, Any]) -> None:
+    if node.header.crypt_method != layout.CRYPT_NONE:
+        from blocklib.formats.qcow2.encryption import facts
+
+        data["encrypt"] = facts(node)

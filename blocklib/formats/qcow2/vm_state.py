@@ -69,13 +69,18 @@ def write(node: Qcow2Node, offset: int, data: memoryview) -> None:
         position = start + done
         child, child_offset, n, ticket = node.prepare_write(position, len(data) - done)
         part = data[done : done + n]
-        if child is None:
-            node.write_special(position, part)
-        elif ticket is None:
-            child.write(child_offset, (part,))
+        if ticket is None:
+            if child is None:
+                node.write_special(position, child_offset, (part,))
+            else:
+                child.write(child_offset, (part,))
         else:
             try:
-                child.write(child_offset - ticket.head, _with_surroundings(node, position, part, ticket))
+                views = _with_surroundings(node, position, part, ticket)
+                if child is None:
+                    node.write_special(position - ticket.head, child_offset - ticket.head, views)
+                else:
+                    child.write(child_offset - ticket.head, views)
             except BaseException:
                 ticket.abort()
                 raise

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
     """Where the first part of the range is to be written, as `Node.prepare_write` says.  Runs under the image's lock."""
     node.check_writable()
+    child = node.data if node.crypt is None else None
     mapping, geometry = node.mapping, node.geometry
     bits = geometry.cluster_bits
     in_cluster = offset & geometry.cluster_mask
@@ -32,7 +33,7 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
             mapping.check_external(host_offset - in_cluster | layout.FLAG_COPIED, first << bits)
         n_clusters = (in_cluster + n + geometry.cluster_mask) >> bits
         node.guard.trust(slice_offset, len(table), index, host_offset - in_cluster, n_clusters)
-        return node.data, host_offset, n, None
+        return child, host_offset, n, None
     stop = min(len(table), index + (stop_cluster - first) * mapping.words)
     host_offset, n = mapping.own_run(table, offset, stop)
     preallocated = n > 0
@@ -52,7 +53,7 @@ def prepare(node: Qcow2Node, offset: int, length: int) -> WriteRun:
     ticket.head = in_cluster - start
     ticket.tail = end - in_cluster - length
     node.allocations.add(ticket)
-    return node.data, host_offset + in_cluster, length, ticket
+    return child, host_offset + in_cluster, length, ticket
 
 
 def link(node: Qcow2Node, ticket: AllocationTicket) -> None:
