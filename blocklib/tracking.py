@@ -85,6 +85,10 @@ class BitmapStore(ABC):
         """What the image holds, with `bits` not read yet."""
 
     @abstractmethod
+    def read_again(self) -> Sequence[DirtyBitmap]:
+        """As `bitmaps`, of the file as it is now."""
+
+    @abstractmethod
     def check_new(self, name: bytes, granularity: int, persistent: Sequence[DirtyBitmap]) -> None:
         """Raises UnsupportedFeatureError, UsageError where one more bitmap beside `persistent` could not be stored."""
 
@@ -367,6 +371,27 @@ class Tracking:
                 self._ready = False
                 for bitmap in persistent:
                     bitmap.in_file, bitmap.changed, bitmap.marked = True, False, False
+
+
+    def read_again(self) -> None:
+        """The file was changed by a repair, which may have dropped entries.  The caller has drained the node.
+
+        What is in memory stays, and is stored anew at the end; what was never read is gone with its entry.
+        """
+        with self._io:
+            in_file = {bitmap.name: bitmap for bitmap in self._store.read_again()} if self._store is not None else {}
+            with self._lock:
+                for bitmap in list(self._bitmaps.values()):
+                    bitmap.marked = False
+                    if bitmap.in_file and bitmap.name not in in_file:
+                        bitmap.in_file = False
+                        if bitmap.bits is None:
+                            del self._bitmaps[bitmap.name]
+                    elif bitmap.in_file and bitmap.bits is not None:
+                        bitmap.changed = True
+                self._removed = [bitmap for bitmap in self._removed if bitmap.name in in_file]
+                self._recording = tuple(bitmap for bitmap in self._recording if self.has(bitmap))
+                self._ready = False
 
 
 def tracking_of(node: Node) -> Tracking:

@@ -308,3 +308,27 @@ def test_a_damaged_table_refuses_writes_and_lets_the_bitmap_be_removed(tmp_path:
         disk.write(0, b"x")
     assert qemu_img.run("check", image).returncode in (0, 3)
     assert info_of(qemu_img, image) is None
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_repair_of_an_open_disk_that_drops_a_bitmap_is_followed(loaded: bool, tmp_path: Path, qemu_img: Program) -> None:
+    image = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "16M")
+    qemu_img("bitmap", "--add", image, "a")
+    qemu_img("bitmap", "--add", image, "b")
+    data = bytearray(image.read_bytes())
+    extension = data.index(struct.pack(">II", 0x23852875, 24)) + 8
+    directory = struct.unpack_from(">Q", data, extension + 16)[0]
+    table = struct.unpack_from(">Q", data, directory)[0]
+    with blocklib.open(image, "r+") as disk:
+        if loaded:
+            disk.write(0, b"x")
+        with image.open("r+b") as file:
+            file.seek(table)
+            file.write(struct.pack(">Q", 2))
+        blocklib.repair(disk, what="all")
+        assert {bitmap.name for bitmap in disk.bitmaps} == ({"a", "b"} if loaded else {"b"})
+        disk.write(1 * MiB, b"x")
+    assert "No errors" in qemu_img("check", image)
+    assert ours(image, "b") == [*([(0, 65536)] if loaded else []), (1 * MiB, 65536)]
+    assert [bitmap["flags"] for bitmap in info_of(qemu_img, image)] == [["auto"]] * (1 + loaded)

@@ -110,6 +110,11 @@ class StoredBitmaps(BitmapStore):
         self._entries: dict[str, DirectoryEntry] = {}
         """What the file has, in its order."""
         self._loaded_bytes = 0
+        self._read_directory()
+
+    def _read_directory(self) -> None:
+        node = self._node
+        self._extension, self._entries = None, {}
         found = read_directory(node.file, node.header, node.geometry, node.limits, node=node.filename)
         if found is not None:
             self._extension, entries = found
@@ -127,6 +132,10 @@ class StoredBitmaps(BitmapStore):
             )
             for name, entry in self._entries.items()
         ]
+
+    def read_again(self) -> list[DirtyBitmap]:
+        self._read_directory()
+        return self.bitmaps()
 
     def refuse_what_cannot_be_kept_up(self) -> None:
         """Raises UnsupportedFeatureError for an image whose bitmaps must note every write, but not in a way that we know."""

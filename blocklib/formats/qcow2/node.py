@@ -484,6 +484,8 @@ class Qcow2Node(SnapshotNode):
         finally:
             if not dry_run:
                 self.load()  # tables that were read before may have changed
+                if self.bitmaps is not None:
+                    self.bitmaps.read_again()
 
     def check_amend(self, options: Mapping[str, Any]) -> None:
         from blocklib.formats.qcow2 import amend
