@@ -86,6 +86,7 @@ _QCOW2: tuple[Option, ...] = (
     Option("data-file", "node", "The node or file that holds the guest's data instead of the one the image names"),
     Option("lazy-refcounts", "bool", "Reference counts may wait for the close; default: what the image says"),
     Option("pass-discard-request", "bool", "Where discard is unmap, discard in the file what becomes free", default=True),
+    Option("pass-discard-other", "bool", "Discard in the file what becomes free for any other reason", default=False),
     Option("pass-discard-snapshot", "bool", "Discard in the file what becomes free with a deleted snapshot", default=True),
     Option("discard-no-unref", "bool", "Keep the clusters of discarded ranges, without their space", default=False),
     Option("cache-size", "size", "Memory for both metadata caches together"),
@@ -99,6 +100,12 @@ _QCOW2: tuple[Option, ...] = (
         power_of_two=True,
     ),
     Option("refcount-cache-size", "size", "Memory for the cache of refcount blocks"),
+    Option(
+        "cache-clean-interval",
+        "int",
+        "Seconds after which unused tables leave the caches; 0: never (default: 600)",
+        maximum=(1 << 32) - 1,
+    ),
     Option("snapshot.id", "str", "Read the snapshot with this ID instead of the present state"),
     Option("snapshot.name", "str", "Read the snapshot of this name instead of the present state"),
     Option(
@@ -262,10 +269,6 @@ AMEND: Mapping[str, tuple[Option, ...]] = {
 """What of an image can be changed later; None: stays as it is."""
 
 NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
-    ("open", "qcow2"): (
-        "cache-clean-interval",
-        "pass-discard-other",
-    ),
     ("amend", "qcow2"): ("encrypt",),
 }
 """Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""

@@ -260,6 +260,24 @@ def test_freed_space_stays_with_the_file_where_that_is_said(image: Path) -> None
     assert blocklib.check(image).clean
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_what_becomes_free_without_a_discard_stays_with_the_file_unless_that_is_said(
+    image: Path, other: bool, qemu_img: Program
+) -> None:
+    half = os.urandom(32 * KiB) + bytes(32 * KiB)
+    with blocklib.open(image, "r+") as disk:
+        disk.write(0, half * 64)
+    qemu_img("convert", "-c", "-O", "qcow2", image, "packed.qcow2")
+    before = Path("packed.qcow2").stat().st_blocks
+    options = {"pass-discard-other": other}
+    with blocklib.open("packed.qcow2", "r+", discard="unmap", options=options) as disk:
+        disk.write(0, PATTERN * 1024)  # takes new clusters: those of packed data are not written in place
+    gained = Path("packed.qcow2").stat().st_blocks - before
+    written = 4 * MiB // 512
+    assert (gained < written - 1 * MiB // 512) == other
+    assert blocklib.check("packed.qcow2").clean
+
+
 @pytest.mark.parametrize("zeroing", ["discard", "write_zeroes"])
 def test_discard_no_unref_keeps_the_clusters_and_gives_their_space_back(
     image: Path, zeroing: str, qemu_img: Program

@@ -471,7 +471,8 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
 @pytest.mark.parametrize(
     ("table", "name", "value", "feature"),
     [
-        ("open", "cache-clean-interval", 60, "cache-clean-interval"),
+        ("amend", "encrypt.new-secret", "s1", "encrypt"),
+        ("amend", "encrypt", {"state": "active"}, "encrypt"),
     ],
 )
 def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: str, value: object, feature: str) -> None:

@@ -8,6 +8,8 @@ written here: `take_dirty` hands the changed ranges to the flush, which knows th
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from blocklib.errors import ImageCorruptError
@@ -40,18 +42,22 @@ class DirtyRange(NamedTuple):
 
 
 class _Entry:
-    __slots__ = ("busy", "first", "stop", "table", "used")
+    __slots__ = ("busy", "first", "seen", "stop", "table", "used")
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, now: float) -> None:
         self.table = table
         self.first = len(table)  # entries [first, stop) are dirty
         self.stop = 0
         self.busy = False  # a copy of it is on its way to the file: not to be dropped and read back
         self.used = True
+        self.seen = now  # when it was last known to be in use
 
 
 class TableCache:
-    """At most about `capacity` bytes of tables of `length` bytes each, more only while they are dirty."""
+    """At most about `capacity` bytes of tables of `length` bytes each, more only while they are dirty.
+
+    Tables that nobody has used for `clean_interval` seconds are dropped when the next one comes in, or at a flush; 0: never.
+    """
 
     def __init__(
         self, file: Edge, typecode: str, length: int, capacity: int, *, structure: str = "table", node: str | None = None
@@ -63,6 +69,9 @@ class TableCache:
         self._node = node
         self.max_entries = max(2, capacity // length)
         self._spare = self.max_entries // 16
+        self.clean_interval = 0
+        self.clock: Callable[[], float] = time.monotonic
+        self._now = 0.0  # when it was last looked for unused tables
         self._entries: dict[int, _Entry] = {}
         self._dirty: set[int] = set()
         self._loading: dict[int, threading.Event] = {}
@@ -130,7 +139,8 @@ class TableCache:
     def insert(self, host_offset: int, table: Table, *, dirty: bool = False) -> None:
         """Add a table that was read (clean) or made (dirty)."""
         self.drop(host_offset)
-        self._entries[host_offset] = entry = _Entry(table)
+        self.drop_unused()
+        self._entries[host_offset] = entry = _Entry(table, self._now)
         if dirty:
             entry.first, entry.stop = 0, len(table)
             self._dirty.add(host_offset)
@@ -149,6 +159,26 @@ class TableCache:
         self._entries.pop(host_offset, None)
         self._dirty.discard(host_offset)
 
+    def drop_unused(self) -> None:
+        """Drop the clean tables that nobody has used for the interval, if it is time to look for them."""
+        interval = self.clean_interval
+        if not interval:
+            return
+        now = self.clock()
+        if now - self._now < interval:
+            return
+        for host_offset, entry in list(self._entries.items()):
+            if entry.used:  # since somebody looked
+                entry.used, entry.seen = False, now
+            elif now - entry.seen >= interval and not entry.busy and host_offset not in self._dirty:
+                del self._entries[host_offset]
+        self._now = now
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that the tables take."""
+        return len(self._entries) * self.length
+
     @property
     def dirty(self) -> bool:
         return bool(self._dirty)
@@ -160,6 +190,7 @@ class TableCache:
 
     def take_dirty(self) -> list[DirtyRange]:
         """Copy every changed range and call the tables clean; give the list to `written` or `put_back` afterwards."""
+        self.drop_unused()
         ranges = []
         for host_offset in sorted(self._dirty):
             entry = self._entries[host_offset]
@@ -203,7 +234,7 @@ class TableCache:
             if entry.busy or host_offset in self._dirty:
                 continue
             if entry.used:
-                entry.used = False
+                entry.used, entry.seen = False, self._now
                 self._entries[host_offset] = self._entries.pop(host_offset)  # to the young end
             else:
                 del self._entries[host_offset]

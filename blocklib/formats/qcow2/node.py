@@ -169,6 +169,7 @@ class Qcow2Node(SnapshotNode):
             cache_bytes=max(settings.refcount_cache, 1 << 20, 8 << geometry.cluster_bits),
             node=self.filename,
         )
+        self.mapping.cache.clean_interval = self.refcounts.cache.clean_interval = settings.clean_interval
         self.refcounts.l1_clusters = self.active_l1_clusters()
         self.guard = self.refcounts.guard = OverlapGuard(self, kinds_for(self.options))
         self.corruption = None
@@ -592,6 +593,11 @@ class Qcow2Node(SnapshotNode):
     def punches_holes(self) -> bool:
         """Whether the host gets the space of clusters that become free."""
         return self.discard_passes and bool(self.options.get("pass-discard-request", True))
+
+    @property
+    def punches_others(self) -> bool:
+        """The same of clusters that become free by anything but the guest's wish: replaced tables, rewritten clusters."""
+        return self.discard_passes and bool(self.options.get("pass-discard-other"))
 
     def punch(self, first: int, n_clusters: int) -> None:
         """Give the host the space of clusters that nobody uses and nobody can allocate yet."""

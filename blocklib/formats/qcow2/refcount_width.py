@@ -84,7 +84,7 @@ def change_width(node: Qcow2Node, width: int, progress: Callable[[int, int], obj
     except BaseException:
         node.poison("changing the refcount width was interrupted")
         raise
-    if node.punches_holes:
+    if node.punches_others:
         for cluster in replaced:
             node.punch(cluster, 1)
     node.load()

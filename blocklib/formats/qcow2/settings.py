@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 _DEFAULT_L2_CACHE: Final = 32 << 20
 _DEFAULT_REFCOUNT_CACHE: Final = 4 << 20
 _DEFAULT_SLICE: Final = 1 << 16
+_DEFAULT_CLEAN_INTERVAL: Final = 600
 _LEAST_REFCOUNT_BLOCKS: Final = 4
 """What the refcount cache keeps when the L2 cache takes what it can of ``cache-size``."""
 
 
 class Settings(NamedTuple):
-    """Bytes of one entry of the L2 cache, of the whole L2 cache, and of the refcount cache; whether counts may wait."""
+    """Bytes of one entry of the L2 cache, of the whole L2 cache, and of the refcount cache; whether counts may wait;
+    seconds after which unused tables leave the caches, or 0."""
 
     slice_length: int
     l2_cache: int
     refcount_cache: int
     lazy_refcounts: bool
+    clean_interval: int
 
 
 def settings_for(options: Mapping[str, Any], header: Header, *, node: str | None) -> Settings:
@@ -44,7 +47,14 @@ def settings_for(options: Mapping[str, Any], header: Header, *, node: str | None
     lazy = options.get("lazy-refcounts")
     if lazy is None:
         lazy = bool(header.compatible_features & layout.COMPATIBLE_LAZY_REFCOUNTS)
-    return Settings(slice_length or min(cluster_size, _DEFAULT_SLICE), l2_cache, refcount_cache, lazy)
+    interval = options.get("cache-clean-interval")
+    return Settings(
+        slice_length or min(cluster_size, _DEFAULT_SLICE),
+        l2_cache,
+        refcount_cache,
+        lazy,
+        _DEFAULT_CLEAN_INTERVAL if interval is None else interval,
+    )
 
 
 def _cache_sizes(options: Mapping[str, Any], header: Header, node: str | None) -> tuple[int, int]:

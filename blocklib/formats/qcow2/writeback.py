@@ -49,6 +49,7 @@ class _Batch(NamedTuple):
     new_tables: set[int]
     doubtful_tables: set[int]
     freed: list[tuple[int, int]]
+    discarded: list[tuple[int, int]]
     counts_wait: bool
     """Counts were changed that the file does not get yet."""
 
@@ -66,12 +67,14 @@ class WriteBack:
         self._is_dirty = False  # the dirty bit in the file is ours
         self._begun = 0
         self._succeeded = 0  # the number of the last flush, counted by _begun, that made everything durable
-        self._counted = 0
-        self._freed_clusters = 0  # in the first _counted runs of `freed`
+        self._counted = 0, 0
+        self._freed_clusters = 0  # in the first _counted runs of `freed` and `discarded`
         self.freed: list[tuple[int, int]] = []
         """Runs of host clusters that lost a reference since the last flush.  Guarded by the image's lock."""
-        self._waiting: list[tuple[int, list[tuple[int, int]]]] = []
-        """(epoch, runs): the removal is durable; free once all requests from before `epoch` have ended."""
+        self.discarded: list[tuple[int, int]] = []
+        """The same, because the guest gave up what they held: whether the host gets them is another option."""
+        self._waiting: list[tuple[int, list[tuple[int, int]], bool]] = []
+        """(epoch, runs, whether to punch them): the removal is durable; free once requests from before `epoch` have ended."""
 
     @property
     def structure(self) -> threading.RLock:
@@ -104,10 +107,12 @@ class WriteBack:
         node = self._node
         if node.mapping.cache.crowded or node.refcounts.cache.crowded:
             return True
-        if len(self.freed) > self._counted:
+        if len(self.freed) + len(self.discarded) > sum(self._counted):
             with node.lock:
-                self._freed_clusters += sum(n for _first, n in self.freed[self._counted :])
-                self._counted = len(self.freed)
+                freed, discarded = self._counted
+                self._freed_clusters += sum(n for _first, n in self.freed[freed:])
+                self._freed_clusters += sum(n for _first, n in self.discarded[discarded:])
+                self._counted = len(self.freed), len(self.discarded)
         return self._freed_clusters > _MAX_WAITING_CLUSTERS
 
     def finish(self) -> None:
@@ -136,7 +141,8 @@ class WriteBack:
     def has_changes(self) -> bool:
         """Whether anything is left to be written or given back."""
         mapping, refcounts = self._node.mapping, self._node.refcounts
-        return bool(self._waiting or self.freed or refcounts.has_changes or mapping.cache.dirty or mapping.dirty_l1)
+        freed = self._waiting or self.freed or self.discarded
+        return bool(freed or refcounts.has_changes or mapping.cache.dirty or mapping.dirty_l1)
 
     def barrier(self, *, data: bool = False) -> None:
         """Make what was written to the file durable, with `data` to an external data file too; a failure poisons the image."""
@@ -169,9 +175,10 @@ class WriteBack:
         with node.lock:
             node.refcounts.cache.written(batch.blocks)
             node.mapping.cache.written(batch.new_slices + batch.doubtful_slices + batch.slices)
-            if batch.freed:
+            if batch.freed or batch.discarded:
                 epoch = node.tracker.next_epoch() if node.tracker is not None else 0
-                self._waiting.append((epoch, _joined(batch.freed)))
+                self._waiting.append((epoch, _joined(batch.freed), node.punches_others))
+                self._waiting.append((epoch, _joined(batch.discarded), node.punches_holes))
         self._succeeded = self._begun
         return self._free_waiting() or failure
 
@@ -192,7 +199,8 @@ class WriteBack:
         l1_entries = [(index, mapping.l1[index]) for index in sorted(mapping.dirty_l1)]
         mapping.dirty_l1 = set()
         freed, self.freed = self.freed, []
-        self._counted = self._freed_clusters = 0
+        discarded, self.discarded = self.discarded, []
+        self._counted, self._freed_clusters = (0, 0), 0
         postponed = self.lazy and refcounts.may_wait and not self._exact
         moved_table, blocks, table_entries = None, [], []
         if not postponed:
@@ -217,6 +225,7 @@ class WriteBack:
             new_tables=new_tables,
             doubtful_tables=doubtful_tables,
             freed=freed,
+            discarded=discarded,
             counts_wait=postponed and refcounts.has_changes,
         )
 
@@ -229,7 +238,8 @@ class WriteBack:
         refcounts.table_moved = refcounts.table_moved or batch.moved_table is not None
         refcounts.dirty_table_entries.update(index for index, _entry in batch.table_entries)
         self.freed = batch.freed + self.freed
-        self._counted = self._freed_clusters = 0
+        self.discarded = batch.discarded + self.discarded
+        self._counted, self._freed_clusters = (0, 0), 0
 
     def _refuse_overlaps(self, batch: _Batch) -> None:
         """Raises ImageCorruptError, with nothing written, where a part of the batch would overwrite something else."""
@@ -290,26 +300,26 @@ class WriteBack:
         node = self._node
         failure = None
         while self._waiting:
-            epoch, runs = self._waiting[0]
+            epoch, runs, punches = self._waiting[0]
             if node.tracker is not None and not node.tracker.left(epoch):
                 break
             while runs:
                 first, n = runs.pop()
                 try:
-                    self._give_back(first, n)
+                    self._give_back(first, n, punches=punches)
                 except BlocklibError as exc:
                     failure = failure or exc
             del self._waiting[0]
         return failure
 
-    def _give_back(self, first: int, n: int) -> None:
+    def _give_back(self, first: int, n: int, *, punches: bool) -> None:
         """Lower the counts of a run, which must be nobody's any more before the host gets its space.
 
         Nobody can allocate it before its counts fall, so it is punched before that: afterwards it may be somebody's again.
         """
         node = self._node
         try:
-            if node.punches_holes:
+            if punches:
                 for start, length in node.retry(lambda: node.refcounts.sole_runs(first, n), marks=False):
                     node.punch(start, length)
         finally:

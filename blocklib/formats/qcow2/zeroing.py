@@ -93,7 +93,7 @@ def _forget_table(node: Qcow2Node, l1_index: int) -> None:
     mapping.doubtful_tables.discard(host_offset)
     mapping.l1[l1_index] = 0
     mapping.dirty_l1.add(l1_index)
-    node.writeback.freed.append((host_offset >> node.geometry.cluster_bits, 1))
+    node.writeback.discarded.append((host_offset >> node.geometry.cluster_bits, 1))
 
 
 def _keeps_clusters(node: Qcow2Node) -> bool:
@@ -155,7 +155,7 @@ def _change(
         after, freed, kept = _erased(mapping, before, erasure, tell_kept=punch)
     # Anything that raises has done so by now, and nothing has changed yet.
     mapping.replace(slice_offset, table, index, after)
-    node.writeback.freed.extend(freed)
+    node.writeback.discarded.extend(freed)
     return kept
 
 
