@@ -25,6 +25,8 @@ QCOW2_OPTIONS = (
     "preallocation=falloc",
     "preallocation=full",
     "compat=0.10,cluster_size=1k,preallocation=metadata",
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k,preallocation=metadata",
 )
 """What the new images are created with."""
 

@@ -181,10 +181,10 @@ class Mapping:
         if entry & (_OFFSET_MASK if entry & _ZERO else self.allocated_mask) and entry & _OFFSET_MASK != guest_offset:
             raise self.bad_entry(guest_offset, entry, f"the guest offset {guest_offset:#x} as the offset in the data file")
 
-    def words_for(self, offset: int, length: int) -> int:
-        """The words of the entries that map the range."""
+    def are_set(self, marks: bytearray, index: int, offset: int, length: int) -> bool:
+        """Whether all is marked that maps the range, which begins at `index`; there is a mark for each word of the slice."""
         clusters = ((offset & self._cluster_mask) + length + self._cluster_mask) >> self._cluster_bits
-        return clusters * self.words
+        return 0 not in marks[index : index + clusters * self.words]
 
     def entry_at(self, table: Table, index: int) -> tuple[int, int]:
         """Both words of an entry, as they were at one moment; the second is 0 where entries have one only."""

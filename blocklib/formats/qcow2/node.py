@@ -373,8 +373,8 @@ class Qcow2Node(SnapshotNode):
                     host_offset, n = mapping.in_place(table, offset, length)
                     if n:
                         index = mapping.index_in_slice(offset)
-                        n_words = mapping.words_for(offset, n)
-                        if trusted[index] if n_words == 1 else 0 not in trusted[index : index + n_words]:
+                        in_one = not (offset ^ (offset + n - 1)) >> self.geometry.cluster_bits
+                        if trusted[index] and (in_one or mapping.are_set(trusted, index, offset, n)):
                             return self.data if self.crypt is None else None, host_offset, n, None
         except ImageCorruptError:
             pass  # the slow way meets it again, and does what is to be done then
