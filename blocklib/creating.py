@@ -135,9 +135,11 @@ def _data_path(path: str, name: str) -> str:
 
 def _make_data_file(path: str, data_path: str, typed: Mapping[str, Any], made: list[str], *, overwrite: bool) -> None:
     """An empty data file for the new image at `path`; its name is added to `made` if it was not there before."""
-    same = os.path.realpath(path) == os.path.realpath(data_path)
-    if same or (os.path.exists(path) and os.path.exists(data_path) and os.path.samefile(path, data_path)):
+    if _is_same(path, data_path):
         raise UsageError(f"{data_path}: an image cannot be its own data file")
+    backing = typed.get("backing_file")
+    if backing is not None and _is_same(resolve_backing_name(path, backing), data_path):
+        raise UsageError(f"{data_path}: a file cannot be backing file and data file of one image")
     if _claim(data_path, overwrite=overwrite):
         made.append(data_path)
     size = typed["size"]
@@ -149,6 +151,16 @@ def _make_data_file(path: str, data_path: str, typed: Mapping[str, Any], made: l
             raise UsageError(f"{data_path}: the device has {root.edge.size} bytes, the disk {size}")
         root.edge.truncate(-(-size // _SIZE_UNIT) * _SIZE_UNIT)
         root.edge.flush()
+
+
+def _is_same(path: str, other: str) -> bool:
+    """Whether two paths mean one file, whether or not it is there yet."""
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
 
 
 def _claim(path: str, *, overwrite: bool) -> bool:

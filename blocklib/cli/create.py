@@ -81,7 +81,7 @@ def run(session: Session, given: Given) -> int:
     options = _options(given, filename, driver)
     backing = options.get("backing_file")
     if backing is not None and not given.has("-u"):
-        backing_size = _look_at_backing(session, given, filename, backing, options["backing_fmt"])
+        backing_size = _look_at_backing(session, given, filename, options)
         options.setdefault("size", str(backing_size))
     if "size" not in options:
         raise Failure(f"{filename}: a new image needs a size")
@@ -122,13 +122,15 @@ def check_backing(filename: str, driver: str, options: Mapping[str, str]) -> Non
         raise Failure(f"{filename}: a backing file needs its format (-F): guessed, it could be a guest's choice")
 
 
-def _look_at_backing(session: Session, given: Given, filename: str, backing: str, driver: str) -> int:
-    """The size of the new image's backing file, which must open and must not be the new image itself."""
+def _look_at_backing(session: Session, given: Given, filename: str, options: Mapping[str, str]) -> int:
+    """The size of the new image's backing file, which must open and must not be the new image itself, nor its data file."""
     from blocklib.policy import resolve_backing_name
 
-    full_name = resolve_backing_name(filename, backing)
-    with open_image(session, given, Name(full_name, driver, is_options=False), locked=True) as disk:
+    full_name = resolve_backing_name(filename, options["backing_file"])
+    with open_image(session, given, Name(full_name, options["backing_fmt"], is_options=False), locked=True) as disk:
         check_distinct(filename, disk)
+        if options.get("data_file"):
+            check_distinct(resolve_backing_name(filename, options["data_file"]), disk)
         return disk.size
 
 
@@ -141,7 +143,8 @@ def check_distinct(filename: str, disk: Disk) -> None:
     Locks do not help: a raw image may be read while it is written.
     """
     for image in disk.chain():
-        if image.filename is not None and _is_same_file(image.filename, filename.removeprefix("file:")):
+        names = (name for name in (image.filename, image.data_filename) if name is not None)
+        if any(_is_same_file(name, filename.removeprefix("file:")) for name in names):
             raise Failure(f"{filename}: this file is read, so it cannot be written anew")
 
 

@@ -241,12 +241,16 @@ def test_create_replaces_a_data_file_only_if_told_to() -> None:
         {"data_file": "nowhere/data.img"},
         {"data_file": 'json:{"driver":"file","filename":"data.img"}'},
         {"data_file": "data.img", "data_file_raw": True, "backing_file": "base.qcow2", "backing_fmt": "qcow2"},
+        {"data_file": "./base.qcow2", "backing_file": "base.qcow2", "backing_fmt": "qcow2"},
     ],
 )
 def test_what_makes_no_sense_makes_no_file(options: dict[str, Any]) -> None:
     blocklib.create("base.qcow2", 1 * MiB, format="qcow2")
-    with pytest.raises(blocklib.BlocklibError):
-        blocklib.create("disk.qcow2", 1 * MiB, format="qcow2", options=options)
+    before = Path("base.qcow2").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(blocklib.BlocklibError):
+            blocklib.create("disk.qcow2", 1 * MiB, format="qcow2", options=options, overwrite=overwrite)
+    assert Path("base.qcow2").read_bytes() == before
     assert [str(path) for path in Path().iterdir()] == ["base.qcow2"]
 
 

@@ -150,6 +150,19 @@ def test_convert_writes_into_a_data_file(raw: str, qemu_img: Program, qemu_io: P
         assert Path("data.img").read_bytes() == Path("flat.img").read_bytes()
 
 
+def test_no_file_of_a_backing_chain_becomes_a_data_file(qemu_img: Program) -> None:
+    line = CommandLine()
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "data_file=data.img", "base.qcow2", "1M")
+    Path("data.img").write_bytes(b"x" * MiB)
+    Path("plain.img").write_bytes(b"x" * MiB)
+    for name, base, format in (("data.img", "base.qcow2", "qcow2"), ("plain.img", "plain.img", "raw")):
+        line.fails("create", "-f", "qcow2", "-o", f"data_file={name}", "-b", base, "-F", format, "disk.qcow2")
+        line.fails("convert", "-f", format, "-O", "qcow2", "-o", f"data_file={name}", base, "disk.qcow2")
+        assert Path(name).read_bytes() == b"x" * MiB
+    line.fails("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "data.img")
+    assert Path("data.img").read_bytes() == b"x" * MiB
+
+
 def test_the_command_line_opens_a_data_file_but_not_of_an_untrusted_image(qemu_img: Program) -> None:
     line = CommandLine()
     qemu_img("create", "-q", "-f", "qcow2", "-o", "data_file=data.img", "disk.qcow2", "1M")
