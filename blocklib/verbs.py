@@ -16,13 +16,15 @@ R = TypeVar("R")
 def _waited_for(start: Callable[P, Job[R]]) -> Callable[P, R]:
     """`start` as a function that returns when the job has ended.
 
-    What ends the wait early (Ctrl-C) cancels the job and goes up once its requests in flight have ended.
+    What ends the wait early (Ctrl-C) cancels the job and goes up once its requests in flight have ended.  The job is held
+    before it begins, so that there is no moment at which nobody would cancel it.
     """
+    make: Callable[P, Job[R]] = vars(start)["__wrapped__"]
 
     @wraps(start)
     def verb(*args: P.args, **kwargs: P.kwargs) -> R:
-        with start(*args, **kwargs) as job:
-            return job.wait()
+        with make(*args, **kwargs) as job:
+            return job.start().wait()
 
     return verb
 

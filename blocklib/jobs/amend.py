@@ -12,7 +12,7 @@ from blocklib.disk import Disk
 from blocklib.errors import UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.opening import FROM_IMAGE, open_disk
 from blocklib.options import check_options
 from blocklib.reports import ImageInfo
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from blocklib.policy import References, Target
 
 
+@started
 def amend(
     target: Disk | Target,
     options: Mapping[str, OptionValue],
@@ -46,7 +47,7 @@ def amend(
     if not options:
         raise UsageError("amend takes options that say what is to change")
     task = _Amend(target, options, format, force, references, cache)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from blocklib import graph
 from blocklib.disk import Disk
 from blocklib.errors import ReadOnlyError
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.opening import open_metadata
 from blocklib.reports import CheckReport, RepairReport
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RepairWhat: TypeAlias = Literal["leaks", "all"]
 
 
+@started
 def check(
     target: Disk | Target,
     *,
@@ -37,9 +38,10 @@ def check(
     format that cannot be checked.
     """
     task = _Check(target, format, force_share)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
+@started
 def repair(
     target: Disk | Target,
     what: RepairWhat,
@@ -57,7 +59,7 @@ def repair(
     that is done, or nothing (StalePlanError).  Raises what `check` does, ReadOnlyError, LockedError.
     """
     task = _Repair(target, what, format, dry_run, expect)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from blocklib.errors import NameNotFoundError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened, same_file
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blocklib.reports import CommitResult, NodeInfo
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from blocklib.policy import References, Target
 
 
+@started
 def commit(
     target: Disk | Target,
     *,
@@ -48,7 +49,7 @@ def commit(
     Raises UsageError (no backing file), NameNotFoundError (`base` is not in the chain), LockedError, StorageError.
     """
     task = _Commit(target, base, empty and base is None, format, references)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.crew import Crew, default_threads
 from blocklib.jobs.ends import Concatenation, opened
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, PIECE, SKIP, ZERO, Piece, Run, coalesced, pieces, zipped
 from blocklib.jobs.zero_runs import BlockScanner
 from blocklib.reports import CompareResult
@@ -23,6 +23,7 @@ _BLOCK: Final = 4096
 """A difference is first found to this many bytes."""
 
 
+@started
 def compare(
     a: Disk | Target,
     b: Disk | Target,
@@ -37,7 +38,7 @@ def compare(
     With `strict` they must also be of one size, and store the same ranges in the same way: as data, as zeroes, or not at
     all.  The first difference ends it.
     """
-    return Job(_Compare(a, b, strict), speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(_Compare(a, b, strict), speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from blocklib.jobs.bitmap_copy import copied, refuse_target, stored_bitmaps
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import SECTOR, Concatenation, opened, same_file
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, COPY, SKIP, Run, coalesced, runs_above, without_equal_zeroes, without_small_zeroes
 from blocklib.opening import FROM_IMAGE, FromImage, open_disk
 from blocklib.options import check_options
@@ -41,6 +41,7 @@ SPARSE_SIZE = 4096
 """Zeroes of fewer bytes are not worth a hole: QEMU's default."""
 
 
+@started
 def convert(
     source: Disk | Target | Sequence[Disk | Target],
     target: Disk | Target,
@@ -124,7 +125,7 @@ def convert(
         unordered=unordered,
         salvage=salvage,
     )
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

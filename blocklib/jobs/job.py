@@ -9,16 +9,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import TracebackType
-from typing import Any, Generic, Literal, NoReturn, Self, TypeVar, overload
+from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar, overload
 
 from blocklib.errors import ClosedError, JobCancelled, JobStateError, UsageError
 from blocklib.jobs.control import CLOCK, Clock, Control, ProgressCallback, Task
 from blocklib.jobs.states import ENDED, VERBS, JobEvent, JobStatus, JobVerb
 from blocklib.reports import Progress
 
-__all__ = ["Job", "JobEvent", "JobEvents", "JobStatus", "ProgressCallback"]
+__all__ = ["Job", "JobEvent", "JobEvents", "JobStatus", "ProgressCallback", "started"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _at_work: set[Job[Any]] = set()
@@ -55,6 +57,7 @@ class Job(Generic[R]):
         self._task = task
         self._auto_finalize = auto_finalize
         self._finalized = False
+        self._begun = False  # its thread may be there, even if nobody can see it yet
         self._control = Control(task.verb, speed=speed, progress=progress, clock=clock)
         self._changed = self._control.changed
         self._results: list[R] = []
@@ -109,7 +112,7 @@ class Job(Generic[R]):
         deadline = None if timeout is None else clock.now() + timeout
         with self._changed:
             while self._control.status not in ENDED and self._control.status != until:
-                if self._control.status == "created" and self._thread.ident is None:
+                if self._control.status == "created" and not self._begun:
                     self._refuse("wait")
                 left = None if deadline is None else deadline - clock.now()
                 if left is not None and left <= 0:
@@ -153,14 +156,17 @@ class Job(Generic[R]):
         self._check_process()
         try:
             with self._changed:
-                if self._control.status != "created" or self._thread.ident is not None:
+                if self._control.status != "created" or self._begun:
                     self._refuse("start")
                 _at_work.add(self)
+                self._begun = True
                 self._thread.start()
-        except KeyboardInterrupt:  # while the thread was starting: nobody holds the job yet that could cancel it
-            if self._thread.ident is not None:
-                self.cancel(force=True)
-                self._join()
+        except KeyboardInterrupt:
+            # While the thread was starting.  If it is there but not yet to be seen, it ends by itself: it is cancelled
+            # before it has touched anything.
+            self._control.cancelled = True
+            _at_work.discard(self)
+            self._end()
             raise
         return self
 
@@ -173,7 +179,7 @@ class Job(Generic[R]):
             if self._control.status in ("aborting", *ENDED):
                 return
             self._control.cancelled = True
-            if self._thread.ident is None:
+            if not self._begun:
                 self._control.become("aborting")
                 self._control.error = JobCancelled(f"the {self._task.verb} job was cancelled before it began")
                 self._control.become("concluded")
@@ -269,6 +275,16 @@ class Job(Generic[R]):
         with self._changed:
             self._control.error = error
             self._control.become("concluded")
+
+
+def started(make: Callable[P, Job[R]]) -> Callable[P, Job[R]]:
+    """`make`, which returns a job that has not begun, as a function that starts it; `make` itself is its `__wrapped__`."""
+
+    @wraps(make)
+    def start(*args: P.args, **kwargs: P.kwargs) -> Job[R]:
+        return make(*args, **kwargs).start()
+
+    return start
 
 
 class JobEvents(Iterator[JobEvent]):

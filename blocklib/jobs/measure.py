@@ -10,7 +10,7 @@ from blocklib import drivers
 from blocklib.errors import OptionError, UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COPY, Run, runs_of
 from blocklib.options import check_options
 from blocklib.reports import MeasureResult
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blocklib.policy import Target
 
 
+@started
 def measure(
     source: Disk | Target | None = None,
     *,
@@ -43,7 +44,7 @@ def measure(
     if format == "raw" and given.get("backing_file") is not None:
         raise OptionError("a raw image has no backing file", option="backing_file", driver="raw")
     task = _Measure(source, size or 0, format, check_options(format, given, table="create"))
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from blocklib.errors import UnsupportedFeatureError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import Concatenation, opened, same_file
-from blocklib.jobs.job import Job
+from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, Run, coalesced, runs_above, runs_of, without_equal_zeroes, zipped
 from blocklib.opening import open_disk
 from blocklib.policy import PlainPath, resolve_backing_name
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from blocklib.policy import References, Target
 
 
+@started
 def rebase(
     target: Disk | Target,
     backing: str | os.PathLike[str] | None,
@@ -54,7 +55,7 @@ def rebase(
         raise UsageError("backing_format without a backing file")
     name = os.fspath(backing) if backing is not None else None
     task = _Rebase(target, name, backing_format, unsafe, format, references)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress).start()
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
 @dataclass(eq=False)

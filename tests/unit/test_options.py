@@ -341,7 +341,7 @@ def test_an_option_that_every_driver_has_can_be_typed_without_one() -> None:
 
 @pytest.mark.parametrize("value", ["off", False, "none", "0", 0])
 def test_an_option_of_qemu_that_we_lack_may_ask_for_nothing(value: object) -> None:
-    assert "encryption" not in check_options("qcow2", {"encryption": value}, table="create")
+    assert "encrypt" not in check_options("qcow2", {"encrypt": value}, table="amend")
 
 
 def test_a_bad_choice_names_the_choices() -> None:
