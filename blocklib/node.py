@@ -420,7 +420,7 @@ class Node:
         """Name another backing file, as it is to be stored; durable on return.  Raises UsageError for a name too long."""
         raise self._incapable("given a backing file")
 
-    def check_amend(self, options: Mapping[str, Any]) -> None:
+    def check_amend(self, options: Mapping[str, Any], *, force: bool = False) -> None:
         """Raises an error, with nothing changed, where the image cannot become what checked amend `options` say.
 
         The caller has drained the node.

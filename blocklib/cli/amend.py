@@ -18,6 +18,7 @@ from blocklib.cli.common import (
     open_image,
     run_job,
     target_of,
+    with_secrets,
 )
 from blocklib.cli.create import parse_option_lists
 from blocklib.cli.getopt import Given, Option, Syntax, UsageFailure
@@ -59,7 +60,7 @@ def run(session: Session, given: Given) -> int:
     with _opened(session, given, name, cache, with_data_file="size" in options) as disk, report:
         from blocklib import jobs
 
-        run_job(session, lambda: jobs.amend(disk, options, force=given.has("--force")), report)
+        run_job(session, lambda: jobs.amend(disk, with_secrets(given, options), force=given.has("--force")), report)
         report.finish()
     return 0
 

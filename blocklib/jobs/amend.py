@@ -38,8 +38,9 @@ def amend(
     """Change an image in place, by creation `options` in QEMU's names; gives what the image is afterwards.
 
     For qcow2: ``compat`` (up and down), ``refcount_bits``, ``lazy_refcounts``, ``size`` (smaller loses data), ``data_file``
-    (its name only), ``data_file_raw`` (off only).  What cannot be is refused before anything is written.  The backing file
-    is not opened, and a data file only to change the size, which needs `references`.  `force` allows what locks everybody out.
+    (its name only), ``data_file_raw`` (off only), and ``encrypt.state`` with its like for key slots.  What cannot be is
+    refused before anything is written.  The backing file is not opened, and a data file only to change the size, which needs
+    `references`.  `force` allows what locks everybody out.
 
     Raises OptionError, UsageError, UnsupportedFeatureError (version 2 has no such thing), ImageLimitError (counts that do
     not fit), ReadOnlyError, LockedError, PolicyError, StorageError.
@@ -66,7 +67,7 @@ class _Amend(Task[ImageInfo]):
             node = disk.node
             typed = check_options(node.driver, self.options, table="amend")
             with graph.drained(node):
-                node.check_amend(typed)
+                node.check_amend(typed, force=self.force)
             size = typed.get("size")
             if size and size != disk.size:
                 disk.truncate(size, shrink=True)

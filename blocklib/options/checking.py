@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from blocklib.drivers import FORMATS
-from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
-from blocklib.options.tables import COMMON, NOT_SUPPORTED, Option, Table, options_of
+from blocklib.errors import OptionError, UsageError
+from blocklib.options.tables import COMMON, Option, Table, options_of
 from blocklib.options.text import flatten, nest
 from blocklib.sizes import parse_size
 
@@ -31,8 +31,6 @@ _BOOLEANS = {
     "y": True,
     "n": False,
 }
-_NOTHING = frozenset({"off", "no", "false", "n", "none", "0"})
-"""Values that ask for nothing, of options that we do not have."""
 _MAX_NODE_NAME = 31
 
 
@@ -57,7 +55,7 @@ def check_options(driver: str, options: Mapping[str, Any], *, table: Table = "op
     `options` may be nested or dotted, and its values typed or text.  Children ("file", "backing") come back as given,
     nested and unchecked: they are another driver's options; a child that was not given is missing from the result,
     because None means "no backing file".  With `partial`, required options may be missing (somebody else adds them).
-    Raises OptionError, and UnsupportedFeatureError for an option of QEMU that asks for something we cannot do.
+    Raises OptionError.
     """
     known = options_of(driver, table)
     if table == "create":
@@ -91,31 +89,9 @@ def _own_names(driver: str, known: Mapping[str, Option], options: Mapping[str, A
     for name, value in flatten(nested).items():
         if name in known:
             given[name] = value
-        elif not _asks_for_nothing(driver, name, value, known, table):
+        elif value != {} or not any(other.startswith(name + ".") for other in known):  # an empty group says nothing
             raise _unknown(driver, name, known, table)
     return given | children
-
-
-def _asks_for_nothing(driver: str, name: str, value: Any, known: Mapping[str, Option], table: Table) -> bool:
-    """Whether an unknown option may be left out: an empty group, or an option of QEMU that we do not have, set to off.
-
-    Raises UnsupportedFeatureError for one that we do not have and that is wanted.
-    """
-    if value == {}:
-        return any(other.startswith(name + ".") for other in known)
-    for feature in NOT_SUPPORTED.get((table, driver), ()):
-        if name == feature and _text(value) in _NOTHING:
-            return True
-        if name == feature or name.startswith(feature + "."):
-            verb = {"open": "opening", "create": "creating", "amend": "amending"}[table]
-            raise UnsupportedFeatureError(
-                f"{driver}: {verb} an image with the option {name!r} is not supported",
-                features=(feature,),
-                structure=f"option {name}",
-                expected="an image without it",
-                found=_text(value),
-            )
-    return False
 
 
 def _unknown(driver: str, name: str, known: Mapping[str, Option], table: Table) -> OptionError:
@@ -136,7 +112,7 @@ def _unknown(driver: str, name: str, known: Mapping[str, Option], table: Table) 
 
 def _created_with(driver: str) -> set[str]:
     """The names, without their parts, of the options that only creating an image knows."""
-    names = {*options_of(driver, "create"), *options_of("file", "create"), *NOT_SUPPORTED.get(("create", driver), ())}
+    names = {*options_of(driver, "create"), *options_of("file", "create")}
     return {name.partition(".")[0] for name in names}
 
 

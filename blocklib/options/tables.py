@@ -258,20 +258,22 @@ _CHANGED_BY_AMEND = (
     "compat",
     "data_file",
     "data_file_raw",
+    "encrypt.iter-time",
     "lazy_refcounts",
     "refcount_bits",
     "size",
 )
 
 AMEND: Mapping[str, tuple[Option, ...]] = {
-    "qcow2": tuple(option._replace(default=None) for option in CREATE["qcow2"] if option.name in _CHANGED_BY_AMEND),
+    "qcow2": (
+        *(option._replace(default=None) for option in CREATE["qcow2"] if option.name in _CHANGED_BY_AMEND),
+        Option("encrypt.state", "choice", "What a key slot becomes (active, inactive)", choices=("active", "inactive")),
+        Option("encrypt.new-secret", "secret", "Id of the secret that an active key slot is for"),
+        Option("encrypt.old-secret", "secret", "Id of the secret whose key slots are erased"),
+        Option("encrypt.keyslot", "int", "Which key slot (0 to 7)", maximum=7),
+    ),
 }
 """What of an image can be changed later; None: stays as it is."""
-
-NOT_SUPPORTED: Mapping[tuple[Table, str], tuple[str, ...]] = {
-    ("amend", "qcow2"): ("encrypt",),
-}
-"""Options of QEMU that ask for something we cannot do: refused by name, with all their parts."""
 
 
 def options_of(driver: str, table: Table = "open") -> dict[str, Option]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blocklib import drivers
-from blocklib.errors import OptionError, UnsupportedFeatureError
+from blocklib.errors import OptionError
 from blocklib.options import (
     asks_for_help,
     cache_flags,
@@ -25,7 +25,7 @@ from blocklib.options import (
     parse_create_options,
     parse_options,
 )
-from blocklib.options.tables import COMMON, CREATE, NOT_SUPPORTED, OPEN, Table
+from blocklib.options.tables import COMMON, CREATE, OPEN, Table
 from blocklib.options.text import MAX_NESTING
 
 _NAMES = st.text(string.ascii_lowercase + "-_", min_size=1, max_size=6)
@@ -229,7 +229,6 @@ def test_a_table_agrees_with_itself(table: Table, driver: str) -> None:
     rows = (*COMMON, *OPEN[driver]) if table == "open" else CREATE[driver]
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
-    assert not set(names) & set(NOT_SUPPORTED.get((table, driver), ()))
     for row in rows:
         assert row.help
         assert "\n" not in row.help
@@ -337,11 +336,6 @@ def test_an_option_that_every_driver_has_can_be_typed_without_one() -> None:
     with pytest.raises(OptionError, match=r"^option 'cache\.direct' is 'on' or 'off', not 7") as caught:
         common_value("cache.direct", 7)
     assert (caught.value.option, caught.value.driver) == ("cache.direct", None)
-
-
-@pytest.mark.parametrize("value", ["off", False, "none", "0", 0])
-def test_an_option_of_qemu_that_we_lack_may_ask_for_nothing(value: object) -> None:
-    assert "encrypt" not in check_options("qcow2", {"encrypt": value}, table="amend")
 
 
 def test_a_bad_choice_names_the_choices() -> None:
@@ -466,25 +460,6 @@ def test_raw_has_no_metadata_to_preallocate() -> None:
     with pytest.raises(OptionError) as caught:
         check_options("raw", {"preallocation": "metadata"}, table="create")
     assert caught.value.choices == ("off", "falloc", "full")
-
-
-@pytest.mark.parametrize(
-    ("table", "name", "value", "feature"),
-    [
-        ("amend", "encrypt.new-secret", "s1", "encrypt"),
-        ("amend", "encrypt", {"state": "active"}, "encrypt"),
-    ],
-)
-def test_what_qemu_has_and_we_have_not_is_refused_by_name(table: Table, name: str, value: object, feature: str) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=name) as caught:
-        check_options("qcow2", {"file": "x", name: value} if table == "open" else {name: value}, table=table)
-    assert caught.value.features == (feature,)
-
-
-@pytest.mark.parametrize("name", ["pass-discard-other"])
-@pytest.mark.parametrize("value", ["off", False])
-def test_what_is_switched_off_needs_no_support(name: str, value: object) -> None:
-    assert check_options("qcow2", {"file": "x", name: value}) == check_options("qcow2", {"file": "x"})
 
 
 # -- telling -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
-from blocklib.formats.qcow2 import data_file, layout
+from blocklib.formats.qcow2 import data_file, key_slots, layout
 from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
 from blocklib.formats.qcow2.header import feature_name_table
 from blocklib.formats.qcow2.snapshots import table_bytes
@@ -22,9 +22,10 @@ _VM_STATE_V2 = (1 << 32) - 1
 """What the field of a version 2 snapshot entry can say of its VM state."""
 
 
-def check(node: Qcow2Node, options: Mapping[str, Any]) -> None:
-    """Raises OptionError, UsageError or UnsupportedFeatureError for what the image cannot become; changes nothing.
+def check(node: Qcow2Node, options: Mapping[str, Any], *, force: bool = False) -> key_slots.Change | None:
+    """What the options mean for the key slots of the image; changes nothing.
 
+    Raises OptionError, UsageError or UnsupportedFeatureError for what the image cannot become.
     `options` are checked amend options: None where an option was not given.
     """
     node.check_usable()
@@ -48,10 +49,14 @@ def check(node: Qcow2Node, options: Mapping[str, Any]) -> None:
 
         node.writeback.finish()
         check_counts(node, width)
+    return key_slots.plan(node, options, force=force)
 
 
-def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, int], object]) -> None:
+def amend(
+    node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, int], object], *, force: bool = False
+) -> None:
     """Make the changes that `check` has accepted; durable on return.  The caller has drained the node."""
+    slots = check(node, options, force=force)
     with node.writeback.exact_counts():
         node.writeback.finish()
         version, width = _version_after(node, options), _width_after(node, options)
@@ -62,6 +67,8 @@ def amend(node: Qcow2Node, options: Mapping[str, Any], progress: Callable[[int, 
 
             change_width(node, width, progress)
         _change_bits_and_names(node, options)
+        if slots is not None:
+            key_slots.change(node, options, slots)
         if version < node.header.version:
             _downgrade(node, progress)
         node.load()
@@ -109,6 +116,11 @@ def _check_downgrade(node: Qcow2Node, size: int) -> None:
         reasons.append("extended L2 entries")
     if header.extension(layout.EXTENSION_BITMAPS) is not None:
         reasons.append("bitmaps")
+    if header.crypt_method == layout.CRYPT_AES:
+        from blocklib.formats.qcow2.zero_expansion import has_zero
+
+        if has_zero(node):
+            reasons.append("zero clusters, which the old encryption cannot store in their place")
     if any(entry.vm_state_size > _VM_STATE_V2 or entry.disk_size not in (None, size) for entry in node.snapshots):
         reasons.append("snapshots of another size, or with a VM state of 4 GiB or more")
     if header.compression_type != layout.COMPRESSION_DEFLATE and not reasons:

@@ -51,7 +51,7 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     if options["extended_l2"]:
         header.incompatible_features |= layout.INCOMPATIBLE_EXTENDED_L2
     _set_data_file(header, options)
-    if options.get("encryption") or any(options.get(name) is not None for name in options if name.startswith("encrypt.")):
+    if options["encryption"] or any(value is not None for name, value in options.items() if name.startswith("encrypt.")):
         from blocklib.formats.qcow2.encryption import method_for
 
         header.crypt_method = method_for(options)

@@ -488,17 +488,17 @@ class Qcow2Node(SnapshotNode):
                 if self.bitmaps is not None:
                     self.bitmaps.read_again()
 
-    def check_amend(self, options: Mapping[str, Any]) -> None:
+    def check_amend(self, options: Mapping[str, Any], *, force: bool = False) -> None:
         from blocklib.formats.qcow2 import amend
 
-        amend.check(self, options)
+        amend.check(self, options, force=force)
 
     def amend(
         self, options: Mapping[str, Any], *, force: bool = False, progress: Callable[[int, int], object] | None = None
     ) -> None:
         from blocklib.formats.qcow2 import amend
 
-        amend.amend(self, options, progress or (lambda _done, _total: None))
+        amend.amend(self, options, progress or (lambda _done, _total: None), force=force)
 
     def _bring_all_to_the_file(self) -> None:
         """Postponed reference counts, too: the image is about to be looked at through its file."""

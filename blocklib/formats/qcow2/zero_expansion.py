@@ -29,6 +29,13 @@ def has_compressed(node: Qcow2Node) -> bool:
     return any(((entries & flag) != 0).any() for _offsets, entries in _tables(node))
 
 
+def has_zero(node: Qcow2Node) -> bool:
+    """Whether the disk or a snapshot has a zero cluster."""
+    node.writeback.finish()
+    flag = np.uint64(layout.FLAG_COMPRESSED | layout.FLAG_ZERO)
+    return any(((entries & flag) == np.uint64(layout.FLAG_ZERO)).any() for _offsets, entries in _tables(node))
+
+
 def expand_zero_clusters(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
     """Do away with every zero cluster.  The caller has drained the node, and flushes afterwards."""
     flag = np.uint64(layout.FLAG_COMPRESSED | layout.FLAG_ZERO)
@@ -77,13 +84,13 @@ def _expand_slice(node: Qcow2Node, table_offset: int, slice_offset: int) -> None
             runs.append((first, n))
             for cluster in range(first, first + n) if uses > 1 else ():
                 node.retry(lambda cluster=cluster: node.refcounts.add(cluster, uses - 1))  # type: ignore[misc]
-            node.file.write_zeroes(first << bits, n << bits, unmap=False)
+            _store_zeroes(node, first << bits, n << bits)
             for place, cluster in zip(fresh[:n], range(first, first + n), strict=True):
                 entries[place] = cluster << bits | own
             fresh = fresh[n:]
         for place in kept:
             host_offset = entries[place] & layout.OFFSET_MASK
-            node.file.write_zeroes(host_offset, node.geometry.cluster_size, unmap=False)
+            _store_zeroes(node, host_offset, node.geometry.cluster_size)
             entries[place] = host_offset | own
     except BaseException:
         for first, n in runs if node.poisoned is None else ():
@@ -92,6 +99,15 @@ def _expand_slice(node: Qcow2Node, table_offset: int, slice_offset: int) -> None
     for place in zero_places(entries):
         entries[place] = 0
     node.retry(lambda: _put(node, slice_offset, entries, replaced * uses))
+
+
+def _store_zeroes(node: Qcow2Node, host_offset: int, length: int) -> None:
+    """Make host clusters hold what the guest reads as zero."""
+    if node.crypt is None:
+        node.file.write_zeroes(host_offset, length, unmap=False)
+        return
+    for start in range(0, length, _BATCH_BYTES):
+        node.crypt.write_zeroes(node, host_offset + start, min(_BATCH_BYTES, length - start))
 
 
 def _look_at(
