@@ -14,7 +14,7 @@ from blocklib.cli.check import exit_code, human_lines, json_of, repaired_lines
 from blocklib.reports import CheckReport
 from tests.cli.images import chain
 from tests.cli.running import CommandLine
-from tests.damage import IMAGES
+from tests.damage import DAMAGES, IMAGES
 from tests.programs import Program
 
 CLUSTER = 65536
@@ -65,7 +65,7 @@ def _both(file: Path) -> None:
 
 
 Damage = Callable[[Path], None]
-DAMAGES = [
+FAULTS = [
     pytest.param(_leak, 3, id="leak"),
     pytest.param(_lose_a_count, 2, id="corruption"),
     pytest.param(_both, 2, id="both"),
@@ -79,7 +79,7 @@ def image(qemu_img: Program, qemu_io: Program, here: Path) -> Path:
     return here / "image.qcow2"
 
 
-@pytest.mark.parametrize(("damage", "code"), DAMAGES)
+@pytest.mark.parametrize(("damage", "code"), FAULTS)
 def test_damage_is_counted_as_qemu_img_counts_it(
     blocklib: CommandLine, qemu_img: Program, image: Path, damage: Damage, code: int
 ) -> None:
@@ -99,7 +99,7 @@ def test_every_finding_is_named_on_standard_error(blocklib: CommandLine, image: 
     assert len(lines) == 2
 
 
-@pytest.mark.parametrize(("damage", "_code"), DAMAGES)
+@pytest.mark.parametrize(("damage", "_code"), FAULTS)
 def test_repairing_everything_leaves_a_clean_image(
     blocklib: CommandLine, qemu_img: Program, qemu_io: Program, image: Path, damage: Damage, _code: int
 ) -> None:
@@ -198,6 +198,21 @@ def test_images_with_every_feature_are_checked_without_what_they_name(
     theirs = [qemu_img("check", made.path), qemu_img("check", "--output=json", made.path)]
     (here / "image.data").unlink(missing_ok=True)
     assert [blocklib("check", made.path), blocklib("check", "--output=json", made.path)] == theirs
+
+
+@pytest.mark.parametrize(
+    "name", ["snapshot table past the end", "refcount table past the end", "refcount block lost", "bitmap in use"]
+)
+def test_named_damage_ends_with_the_same_exit_code_and_is_repaired(
+    blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path, name: str
+) -> None:
+    made = IMAGES[DAMAGES[name].image].make(qemu_img, qemu_io, here / "image.qcow2")
+    DAMAGES[name].apply(made)
+    theirs = qemu_img.run("check", "--output=json", made.path)
+    ours = blocklib.run("check", "--output=json", made.path)
+    assert (ours.code, ours.out) == (theirs.returncode, theirs.stdout)
+    assert blocklib.run("check", "-r", "all", made.path).code == 0
+    qemu_img("check", made.path)
 
 
 def _report(**counts: Any) -> CheckReport:
