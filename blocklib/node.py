@@ -271,6 +271,10 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing here needs encoding")
 
+    def make_room(self) -> bool:
+        """A write found the host full: whether space was set free that it may find when it is tried again."""
+        return False
+
     def grow_to(self, end: int) -> None:
         """A node above is about to write up to `end`, past the size of this node, which no leaf is.
 

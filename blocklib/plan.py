@@ -95,6 +95,19 @@ def _write_bytes(node: Node, offset: int, data: memoryview) -> None:
     tracker.enter()
     try:
         _write(node, offset, data)
+        return
+    except StorageError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        full = error
+    finally:
+        tracker.leave()
+    # Not inside a request: what is to be free must not be waiting for the end of this one.
+    if not node.make_room():
+        raise full
+    tracker.enter()
+    try:
+        _write(node, offset, data)
     finally:
         tracker.leave()
 

@@ -72,7 +72,7 @@ def session(disk: Disk, rnd: random.Random, *, first: bool) -> None:
 @pytest.mark.parametrize("failing", [0.0, 0.01], ids=["nothing fails", "writes fail"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_bitmap_is_in_use_or_as_it_was_stored(seed: int, failing: float, tmp_path: Path, qemu_img: Program) -> None:
-    rnd = random.Random(seed * 2 + (failing > 0))
+    rnd = random.Random(seed * 3 + (failing > 0))
     start = new_image(N_SECTORS * SECTOR, {"cluster_size": 512, "refcount_bits": 16})
     file = RecordingNode(data=start)
     stored = [Stored({}, bytes(N_SECTORS * SECTOR))]

@@ -65,6 +65,10 @@ class Allocations:
             else:
                 return limit
 
+    def overlaps(self, first: int, stop: int) -> bool:
+        """Whether anybody allocates one of the guest clusters [first, stop)."""
+        return any(t.first < stop and first < t.stop for t in self._tickets)
+
     def wait_for_all(self, first: int, stop: int) -> None:
         """Wait until nobody allocates any of the guest clusters [first, stop)."""
-        self._changed.wait_for(lambda: not any(t.first < stop and first < t.stop for t in self._tickets))
+        self._changed.wait_for(lambda: not self.overlaps(first, stop))

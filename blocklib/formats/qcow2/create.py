@@ -147,10 +147,9 @@ def write_empty_image(file: Edge, header: Header, encryption: NewArea | None = N
     table = zero_table("Q", counts.table_clusters * cluster_size)
     for index in range(counts.blocks):
         table[index] = (first_block + index) * cluster_size
-    was_empty = file.size == 0
     file.truncate(total * cluster_size)
-    if not was_empty:  # a device keeps what it held
-        file.write_zeroes(header.l1_table_offset, (l1_clusters + encryption_clusters) * cluster_size, unmap=False)
+    # A device keeps what it held; and a flush that links the first table must not be the first to need space for it.
+    file.write_zeroes(header.l1_table_offset, (l1_clusters + encryption_clusters) * cluster_size, unmap=False)
     file.write(header.refcount_table_offset, (table_to_bytes(table),))
     for index in range(counts.blocks):
         used = min(total - (index << geometry.refcount_block_bits), geometry.refcount_block_entries)

@@ -239,6 +239,7 @@ class Mapping:
         self.l1[l1_index] = new_offset | _COPIED
         self.dirty_l1.add(l1_index)
         self.new_tables.add(new_offset)
+        refcounts.unbacked.add(new_offset)
         if old:
             freed.append((old_offset >> self._cluster_bits, 1))
         start = (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
@@ -378,7 +378,18 @@ class Qcow2Node(SnapshotNode):
                             return self.data if self.crypt is None else None, host_offset, n, None
         except ImageCorruptError:
             pass  # the slow way meets it again, and does what is to be done then
-        return self.retry(lambda: writing.prepare(self, offset, length))
+        run = self.retry(lambda: writing.prepare(self, offset, length))
+        if self.refcounts.unbacked:
+            from blocklib.formats.qcow2.reserve import back_tables
+
+            back_tables(self, offset, cast("AllocationTicket | None", run[3]))
+        return run
+
+    def make_room(self) -> bool:
+        if self.read_only or self.poisoned is not None or not self.writeback.gives_back:
+            return False
+        self.writeback.flush()
+        return True
 
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         assert self.crypt is not None

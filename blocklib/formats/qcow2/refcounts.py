@@ -59,6 +59,8 @@ class Refcounts:
         """Looks at what is about to be taken, before it is."""
         self.new_blocks: set[int] = set()
         """Host offsets of blocks that no flush has taken to the file yet."""
+        self.unbacked: set[int] = set()
+        """Host offsets of new tables, blocks and L2 tables, that may have no space on the host yet."""
         self.dirty_table_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
         self.table_moved = False
@@ -432,6 +434,7 @@ class Refcounts:
         for i in range(n_blocks):
             offset = (first + i) << cluster_bits
             self.new_blocks.add(offset)
+            self.unbacked.add(offset)
             self.table[block_index + i] = offset
             self.dirty_table_entries.add(block_index + i)
             self.cache.insert(offset, zero_table(self.cache.typecode, self.geometry.cluster_size), dirty=True)

@@ -242,7 +242,7 @@ def looks_preallocated(node: Qcow2Node) -> bool:
     for block_index in range(min(len(refcounts.table), (file_clusters >> geometry.refcount_block_bits) + 1)):
         if refcounts.table[block_index]:
             block = node.retry(lambda block_index=block_index: refcounts.block(block_index), marks=False)  # type: ignore[misc]
-            used += _count_used(block, geometry.refcount_bits)
+            used += count_used(block, geometry.refcount_bits)
             if used >= cutoff:
                 return True
     return False
@@ -256,7 +256,8 @@ _USED_FIELDS: Final = {
 }
 
 
-def _count_used(block: Table, width: int) -> int:
+def count_used(block: Table, width: int) -> int:
+    """How many counts of a refcount block, `width` bits each, are not zero."""
     if width >= 8:
         return len(block) - block.count(0)
     return sum(block.tobytes().translate(_USED_FIELDS[width]))

@@ -61,6 +61,8 @@ class WriteBack:
         self._node = node
         self._structure = threading.RLock()
         """Serialises flushes and whatever rewrites the header; may span I/O; taken before the image's lock."""
+        self.reserving = threading.Lock()
+        """Held while a new table gets its space, and when a flush takes the new tables; taken before the image's lock."""
         self.lazy = False
         """Reference counts may be postponed."""
         self._exact = 0
@@ -138,11 +140,15 @@ class WriteBack:
                 self._exact -= 1
 
     @property
+    def gives_back(self) -> bool:
+        """Whether a flush sets clusters free."""
+        return bool(self._waiting or self.freed or self.discarded)
+
+    @property
     def has_changes(self) -> bool:
         """Whether anything is left to be written or given back."""
         mapping, refcounts = self._node.mapping, self._node.refcounts
-        freed = self._waiting or self.freed or self.discarded
-        return bool(freed or refcounts.has_changes or mapping.cache.dirty or mapping.dirty_l1)
+        return bool(self.gives_back or refcounts.has_changes or mapping.cache.dirty or mapping.dirty_l1)
 
     def barrier(self, *, data: bool = False) -> None:
         """Make what was written to the file durable, with `data` to an external data file too; a failure poisons the image."""
@@ -164,7 +170,8 @@ class WriteBack:
         self._begun += 1
         node.guard.refresh()
         failure = self._free_waiting()
-        batch = node.retry(self._take)
+        with self.reserving:
+            batch = node.retry(self._take)
         try:
             self._refuse_overlaps(batch)
             self._write(batch)

@@ -1,0 +1,84 @@
+"""Space on the host for tables that are still in memory: taken when they are made, so that no flush runs out of it.
+
+A new L2 table or refcount block reaches the file with the next flush.  If the disk were full by then, the flush could not write
+anything that was written before, either.  So zeroes go to the place at once - nothing points at it yet - and where there is no
+room, the write that needed the table fails alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blocklib.buffers import zeroes
+from blocklib.errors import StorageError
+from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.resize import count_used
+
+if TYPE_CHECKING:
+    from blocklib.formats.qcow2.cow import AllocationTicket
+    from blocklib.formats.qcow2.node import Qcow2Node
+
+
+def back_tables(node: Qcow2Node, offset: int, ticket: AllocationTicket | None) -> None:
+    """Give the tables that were made for a write to guest `offset` their space.
+
+    Raises StorageError where there is none: the ticket is given back, and so are tables that hold nothing else.
+    """
+    try:
+        with node.writeback.reserving:  # no flush may begin to write what is in them
+            for place in _without_space(node):
+                node.file.write(place, (zeroes(node.geometry.cluster_size),))
+                node.refcounts.unbacked.discard(place)
+    except StorageError:
+        if ticket is not None:
+            ticket.abort()
+        node.retry(lambda: _forget_table(node, offset))
+        node.retry(lambda: _forget_blocks(node))
+        raise
+
+
+def _without_space(node: Qcow2Node) -> list[int]:
+    with node.lock:
+        refcounts = node.refcounts
+        refcounts.unbacked &= node.mapping.new_tables | refcounts.new_blocks  # others have been written since
+        return sorted(refcounts.unbacked)
+
+
+def _forget_table(node: Qcow2Node, offset: int) -> None:
+    """Unlink the new L2 table for guest `offset` if it maps nothing and nobody is about to link something into it."""
+    mapping, refcounts = node.mapping, node.refcounts
+    shift = node.geometry.l1_shift
+    index = offset >> shift
+    place = mapping.l1[index] & layout.OFFSET_MASK
+    if place not in refcounts.unbacked or place not in mapping.new_tables:
+        return
+    per_table = shift - node.geometry.cluster_bits
+    if node.allocations.overlaps(index << per_table, (index + 1) << per_table):
+        return
+    starts = range(place, place + node.geometry.cluster_size, mapping.slice_length)
+    if any(any(mapping.cache.need(start)) for start in starts):
+        return
+    refcounts.release(place >> node.geometry.cluster_bits, 1)
+    for start in starts:
+        mapping.cache.drop(start)
+    mapping.l1[index] = 0
+    mapping.new_tables.discard(place)
+    refcounts.unbacked.discard(place)
+
+
+def _forget_blocks(node: Qcow2Node) -> None:
+    """Unlink the new refcount blocks without space if all that they count is themselves."""
+    refcounts = node.refcounts
+    places = {place for place in refcounts.unbacked if place in refcounts.new_blocks}
+    indices = [index for index in refcounts.dirty_table_entries if refcounts.table[index] in places]
+    if not places or refcounts.table_moved or len(indices) != len(places):
+        return
+    used = sum(count_used(refcounts.block(index), node.geometry.refcount_bits) for index in indices)
+    if used != len(places):
+        return
+    for index in indices:
+        refcounts.cache.drop(refcounts.table[index])
+        refcounts.table[index] = 0
+    refcounts.dirty_table_entries.difference_update(indices)
+    refcounts.new_blocks -= places
+    refcounts.unbacked -= places
