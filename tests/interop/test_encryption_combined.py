@@ -312,3 +312,42 @@ def test_without_the_package_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("encryption ")
     assert "pip install 'pyblocklib[encryption]'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(1 << 50, None), (None, 0), (None, 600), (1 << 20, None), (65536, None)], ids=str
+)
+def test_a_pointer_to_no_encryption_header_is_refused_and_nothing_is_written(offset: int | None, length: int | None) -> None:
+    _new("disk.qcow2", **LUKS)
+    image = bytearray(Path("disk.qcow2").read_bytes())
+    place = image.index(bytes.fromhex("0537be7700000010")) + 8
+    for at, value in ((place, offset), (place + 8, length)):
+        if value is not None:
+            image[at : at + 8] = value.to_bytes(8, "big")
+    Path("disk.qcow2").write_bytes(image)
+    for call in (
+        lambda: open_encrypted("disk.qcow2"),
+        lambda: open_encrypted("disk.qcow2", "r+"),
+        lambda: blocklib.info("disk.qcow2"),
+    ):
+        with pytest.raises(blocklib.ImageCorruptError, match="LUKS header"):
+            call()
+    assert Path("disk.qcow2").read_bytes() == image
+
+
+def test_an_image_that_was_not_closed_is_repaired_with_its_secret(qemu_img: Program) -> None:
+    _new("disk.qcow2", **LUKS)
+    with open_encrypted("disk.qcow2", "r+") as disk:
+        disk.write(100, b"before")
+    image = bytearray(Path("disk.qcow2").read_bytes())
+    image[79] |= 1  # incompatible_features: dirty
+    Path("disk.qcow2").write_bytes(image)
+    with pytest.raises(blocklib.OptionError):
+        blocklib.open("disk.qcow2", "r+")
+    assert Path("disk.qcow2").read_bytes() == image
+    with open_encrypted("disk.qcow2", "r+") as disk:
+        disk.write(106, b" and after")
+        content = bytearray(SIZE)
+        content[100:116] = b"before and after"
+        assert disk.read(0, SIZE) == content
+    _check(qemu_img, "disk.qcow2", content)
