@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
 """What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
+
+_COMPRESS_AT_ONCE = 2 << 20
+"""Bytes whose streams are in memory together."""
 
 _disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
@@ -167,6 +170,41 @@ class Disk:
                 plan.write(node, offset, view)
             if fua or self._writethrough:
                 node.flush()
+        finally:
+            tracker.leave()
+
+    def write_compressed(self, offset: int, data: AnyBuffer, *, level: int | None = None) -> None:
+        """Write whole clusters compressed, as the image's compression type says; the disk's last may be short.
+
+        A cluster that does not shrink is written as it is.  `level` goes from 1 to 9 for zlib and to 22 for zstd; None is
+        nearly as small as zlib's 6, or zstd's 3.  Raises UsageError for parts of clusters, UnsupportedFeatureError where the
+        image cannot have compressed clusters, StorageError (EIO) for a cluster that the top image has a place for already:
+        of many MiB, what lies well before it is written then.
+        """
+        offset = index(offset)
+        view = _bytes_view(data)
+        node = self._checked_for_write(offset, len(view))
+        compressor = node.compressor(level)
+        if offset % compressor.unit or (len(view) % compressor.unit and offset + len(view) != node.size):
+            raise UsageError(
+                f"{node.filename or node.name}: {len(view)} bytes at {offset} are not whole clusters of {compressor.unit} "
+                "bytes, and only those are compressed"
+            )
+        step = max(compressor.unit, _COMPRESS_AT_ONCE)
+        for start in range(0, len(view), step):
+            part = view[start : start + step]
+            self.write_packed(offset + start, part, compressor.compress(part), compressor.unit)
+        if self._writethrough:
+            self.flush()
+
+    def write_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        """The second half of `write_compressed`, for who compresses elsewhere with the top node's compressor: `packed` has
+        one stream, or None, for each `unit` bytes of `data`, which are whole clusters."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_for_write(offset, len(data))
+            plan.write_packed(node, offset, data, packed, unit)
         finally:
             tracker.leave()
 

@@ -11,7 +11,7 @@ import errno
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self, TypeAlias
 
 from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UnsupportedFeatureError, UsageError
 from blocklib.requests import RangeLock
@@ -72,6 +72,29 @@ With child None the node itself must see the bytes: they go to its `write_specia
 """
 
 
+COMPRESSION_LEVELS: Final = {"zlib": range(1, 10), "zstd": range(1, 23)}
+"""Kind of compression -> the levels that it has."""
+
+
+def check_level(kind: str, level: int | None) -> None:
+    """Raises UsageError for a level that the kind of compression does not have; None is its default."""
+    levels = COMPRESSION_LEVELS[kind]
+    if level is not None and level not in levels:
+        raise UsageError(f"{kind} has the compression levels {levels[0]} to {levels[-1]}, not {level}")
+
+
+class Compressor(Protocol):
+    """Compresses what a node stores compressed; any number of threads may use it."""
+
+    unit: int
+    """Bytes that are compressed together, beginning at a multiple of it; only the end of the disk may cut them short."""
+    kind: str
+    """"zlib" or "zstd"."""
+
+    def compress(self, data: memoryview, /) -> list[bytes | None]:
+        """Each unit of `data` compressed, or None where it does not shrink."""
+
+
 class PendingChange:
     """The prepared half of a two-phase change of a node (a reopen, other permissions); exactly one method is called."""
 
@@ -99,6 +122,8 @@ class Node:
     """A leaf over a block device: its size is not ours to change."""
     supports_backing: ClassVar[bool] = False
     """An image of this format may have a backing file."""
+    compresses: ClassVar[bool] = False
+    """An image of this format may have compressed clusters: `compressor` may give one."""
     is_filter: ClassVar[bool] = False
     """Passes its one child's content through unchanged."""
     sees_reads: ClassVar[bool] = False
@@ -274,6 +299,25 @@ class Node:
     def make_room(self) -> bool:
         """A write found the host full: whether space was set free that it may find when it is tried again."""
         return False
+
+    def compressor(self, level: int | None = None) -> Compressor:
+        """What makes the streams that `write_packed` stores; the higher the level, the smaller and slower.
+
+        Raises UnsupportedFeatureError where this node stores nothing compressed, UsageError for a level that there is not.
+        """
+        raise UnsupportedFeatureError(
+            f"{self.filename or self.name}: the format {self.driver} cannot be written compressed",
+            features=("compressed clusters",),
+            node=self.name,
+        )
+
+    def write_packed(self, offset: int, packed: Sequence[bytes | None]) -> bool:
+        """Store units from `offset` on, as the node's `compressor` made them; None is a unit that is left as it is.
+
+        False, with nothing changed, where they have to be written as they were.
+        Raises StorageError (EIO), with nothing changed, where one of those units has a place in this node already.
+        """
+        raise UsageError(f"{self.driver}: nothing is stored compressed here")
 
     def grow_to(self, end: int) -> None:
         """A node above is about to write up to `end`, past the size of this node, which no leaf is.

@@ -137,6 +137,38 @@ def _write(node: Node, offset: int, data: memoryview) -> None:
         done += n
 
 
+def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+    """Write `data` at `offset`, compressed: `packed` is what the node's compressor made of each `unit` of bytes.
+
+    What does not shrink is written as it is.
+    """
+    if node.bitmaps is None:
+        _write_packed(node, offset, data, packed, unit)
+        return
+    with node.bitmaps.recorded(offset, len(data)):
+        _write_packed(node, offset, data, packed, unit)
+
+
+def _write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+    tracker = node.tracker
+    if tracker is not None:
+        tracker.enter()
+    try:
+        if not node.write_packed(offset, packed):
+            packed = (None,) * len(packed)
+        start = 0
+        while start < len(packed):
+            stop = start + 1
+            if packed[start] is None:
+                while stop < len(packed) and packed[stop] is None:
+                    stop += 1
+                _write(node, offset + start * unit, data[start * unit : stop * unit])
+            start = stop
+    finally:
+        if tracker is not None:
+            tracker.leave()
+
+
 def _copy_on_write(node: Node, offset: int, part: memoryview, ticket: WriteTicket) -> list[memoryview]:
     """`part` between the head and tail that share its clusters, as they read now."""
     views = [part]

@@ -155,10 +155,11 @@ def _speed(given: Given) -> int:
     return size_value(given.last("-r") or "0", "rate")
 
 
-def _compression(given: Given, options: dict[str, str]) -> Literal["zlib", "zstd"] | None:
+def _compression(given: Given, kind: str | None) -> Literal["zlib", "zstd"] | None:
+    """What ``-c`` asks for, where images of this kind are compressed."""
     if not given.has("-c"):
         return None
-    return "zstd" if options.get("compression_type") == "zstd" else "zlib"
+    return "zstd" if kind == "zstd" else "zlib"
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def _into_target(given: Given, sources: list[Disk], target: Disk) -> Job[Convert
     return jobs.convert(
         sources,
         target,
-        compress=_compression(given, {}),
+        compress=_compression(given, target.node.compressor().kind) if given.has("-c") else None,
         target_is_zero=given.has("--target-is-zero"),
         threads=_threads(given),
         unordered=given.has("-W"),
@@ -204,7 +205,7 @@ def _into_new(given: Given, sources: list[Disk], text: str, driver: str, cache: 
         target_of(Name(text, driver, is_options=False), untrusted=untrusted),
         format=driver,
         overwrite=True,
-        compress=_compression(given, options),
+        compress=_compression(given, options.get("compression_type")),
         threads=_threads(given),
         unordered=given.has("-W"),
         options=with_secrets(given, options),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blocklib.cli.common import explain
@@ -17,7 +17,7 @@ from blocklib.cli.getopt import Given, Option, UsageFailure
 from blocklib.cli.io_format import dump, report_lines
 from blocklib.cli.io_shell import Shell
 from blocklib.cli.session import Failure
-from blocklib.errors import BlocklibError, OutOfRangeError, StorageError, UsageError
+from blocklib.errors import BlocklibError, OutOfRangeError, StorageError, UnsupportedFeatureError, UsageError
 from blocklib.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ READ = (
 )
 WRITE = (
     VM_STATE,
-    Option(("-c",), None, "write compressed (not supported)"),
+    Option(("-c",), None, "write whole clusters compressed"),
     PARSABLE,
     FUA,
     Option(("-n",), None, "with -z: fail where zeroes would have to be sent"),
@@ -116,12 +116,6 @@ def _vector(given: Given) -> tuple[int, int]:
     offset, *lengths = (size(text) for text in given.operands)
     _check_length(sum(lengths))
     return offset, sum(lengths)
-
-
-def _refuse(given: Given, reasons: Sequence[tuple[str, str]]) -> None:
-    for flag, reason in reasons:
-        if given.has(flag):
-            raise Failure(f"{flag}: {reason}")
 
 
 def _check_vm_state(given: Given, offset: int, length: int) -> None:
@@ -229,7 +223,8 @@ def _is_filled(view: memoryview, byte: int) -> bool:
 
 
 def write(shell: Shell, given: Given) -> bool:
-    _refuse(given, (("-c", "compressed writes are not supported"),))
+    if given.has("-c") and given.has("-f"):
+        raise UsageFailure("-c and -f exclude each other")
     zeroes = given.has("-z")
     if sum((zeroes, given.has("-P"), given.has("-s"))) > 1:
         raise UsageFailure("-z, -P and -s exclude each other")
@@ -242,6 +237,8 @@ def write(shell: Shell, given: Given) -> bool:
         _check_vm_state(given, offset, length)
     if zeroes:
         return _write_zeroes(shell, given, "write", offset, length)
+    if given.has("-c") and not given.has("-b"):
+        return _write_compressed(shell, given, offset, length)
     return _write(shell, given, "write", offset, length)
 
 
@@ -275,6 +272,25 @@ def _write(shell: Shell, given: Given, label: str, offset: int, length: int) -> 
             disk.write(offset, data, fua=given.has("-f"))
 
     return _written(shell, given, label, offset, length, request)
+
+
+def _write_compressed(shell: Shell, given: Given, offset: int, length: int) -> bool:
+    for name, value in (("offset", offset), ("length", length)):
+        if value % _SECTOR:
+            raise Failure(f"{name} {value}: compressed writes are whole sectors of {_SECTOR} bytes")
+    disk = shell.need_disk()
+    data = _data(shell, given, length)
+    cluster_size = disk.node.cluster_size() or 1
+
+    def request() -> None:
+        if offset % cluster_size or (length % cluster_size and offset + length != disk.size):
+            raise StorageError("only whole clusters are compressed", errno=errno.EINVAL, operation="write")
+        try:
+            disk.write_compressed(offset, data)
+        except UnsupportedFeatureError as exc:
+            raise StorageError(str(exc), errno=errno.ENOTSUP, operation="write") from exc
+
+    return _written(shell, given, "write", offset, length, request)
 
 
 def _write_zeroes(shell: Shell, given: Given, label: str, offset: int, length: int) -> bool:

@@ -7,8 +7,8 @@ the disk unless told otherwise, so that a new image is laid out as if one thread
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from blocklib.buffers import zero_fill
 from blocklib.errors import StorageError
@@ -16,6 +16,9 @@ from blocklib.jobs.control import Control
 from blocklib.jobs.crew import Crew, default_threads
 from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run, pieces
 from blocklib.jobs.zero_runs import BlockScanner
+
+if TYPE_CHECKING:
+    from blocklib.node import Compressor
 
 _SECTOR: Final = 512
 
@@ -33,12 +36,31 @@ class Writer(Protocol):
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None: ...
 
 
+Packed: TypeAlias = "Sequence[bytes | None]"
+"""What a compressor makes of the units of a write."""
+
+
+class Compression(NamedTuple):
+    """How the target's clusters are compressed, and what writes them: (guest offset, data, streams, unit)."""
+
+    compressor: Compressor
+    write: Callable[[int, memoryview, Packed, int], None]
+
+
+class _Write(NamedTuple):
+    offset: int
+    length: int
+    data: memoryview | None  # None: zeroes
+    packed: Packed | None = None
+
+
 class BlockCopy:
     """Copies runs from `source` to `target`, at equal offsets.
 
     - `block`: leave out zeroes of that many bytes, aligned to it, although they are stored as data; 0 copies them.
     - `zero_known`: the target reads as zero where nothing was written yet, so zeroes are left out altogether.
     - `shown`: what the target reads as where it has nothing of its own; runs to COMPARE are compared with it.
+    - `compression`: data is compressed by the workers; `block`, where it is not 0, and all runs are multiples of its unit.
     - `unordered`: workers write whenever they have something.
     - `salvage`: what cannot be read becomes zero and is listed in `unreadable`.
     """
@@ -55,6 +77,7 @@ class BlockCopy:
         threads: int | None = None,
         unordered: bool = False,
         salvage: bool = False,
+        compression: Compression | None = None,
     ) -> None:
         self._control = control
         self._source = source
@@ -65,7 +88,8 @@ class BlockCopy:
         self._shown = shown
         self._unordered = unordered
         self._salvage = salvage
-        self._crew = Crew(self._do, threads or default_threads())
+        self._compression = compression
+        self._crew = Crew(self._do, threads or default_threads(thinking=compression is not None))
         self._lock = threading.Lock()  # guards what follows
         self.bytes_read = 0
         self.bytes_written = 0
@@ -97,10 +121,10 @@ class BlockCopy:
     # -- in a worker --------------------------------------------------------------------------------------------------
 
     def _do(self, piece: Piece, buffer: memoryview) -> None:
-        writes: list[tuple[int, int, memoryview | None]] = []
+        writes: list[_Write] = []
         for offset, length, what in piece.runs:
             if what == ZERO:
-                writes.append((offset, length, None))
+                writes.append(_Write(offset, length, None))
                 continue
             start = offset - piece.window
             view = buffer[start : start + length]
@@ -113,6 +137,9 @@ class BlockCopy:
             self._shown.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):
                 self._add_writes(writes, offset + first, view[first:last])
+        if self._compression is not None:
+            compress = self._compression.compressor.compress
+            writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
         if self._unordered:
             self._write(writes)
         elif self._crew.take_turn(piece):
@@ -122,26 +149,28 @@ class BlockCopy:
             return
         with self._lock:
             self.bytes_read += piece.copied
-            self.bytes_written += sum(length for _offset, length, data in writes if data is not None)
+            self.bytes_written += sum(write.length for write in writes if write.data is not None)
         self._control.advance(piece.length)
 
-    def _add_writes(self, writes: list[tuple[int, int, memoryview | None]], offset: int, view: memoryview) -> None:
+    def _add_writes(self, writes: list[_Write], offset: int, view: memoryview) -> None:
         """Plan the writing of `view`, without its zeroes."""
         if not self._drop_zeroes:
-            writes.append((offset, len(view), view))
+            writes.append(_Write(offset, len(view), view))
             return
         done = 0
         for first, last in self._scanner.data_parts(view, offset):
             if done < first:
-                writes.append((offset + done, first - done, None))
-            writes.append((offset + first, last - first, view[first:last]))
+                writes.append(_Write(offset + done, first - done, None))
+            writes.append(_Write(offset + first, last - first, view[first:last]))
             done = last
         if done < len(view):
-            writes.append((offset + done, len(view) - done, None))
+            writes.append(_Write(offset + done, len(view) - done, None))
 
-    def _write(self, writes: list[tuple[int, int, memoryview | None]]) -> None:
-        for offset, length, data in writes:
-            if data is not None:
+    def _write(self, writes: list[_Write]) -> None:
+        for offset, length, data, packed in writes:
+            if data is not None and packed is not None and self._compression is not None:
+                self._compression.write(offset, data, packed, self._compression.compressor.unit)
+            elif data is not None:
                 self._target.write(offset, data)
             elif not self._zero_known:
                 self._target.write_zeroes(offset, length, unmap=True)

@@ -22,11 +22,22 @@ from blocklib.errors import (
     UsageError,
 )
 from blocklib.jobs.bitmap_copy import copied, refuse_target, stored_bitmaps
-from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.block_copy import BlockCopy, Compression
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import SECTOR, Concatenation, opened, same_file
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.runs import COMPARE, COPY, SKIP, Run, coalesced, runs_above, without_equal_zeroes, without_small_zeroes
+from blocklib.jobs.runs import (
+    COMPARE,
+    COPY,
+    SKIP,
+    Run,
+    coalesced,
+    in_units,
+    runs_above,
+    without_equal_zeroes,
+    without_small_zeroes,
+)
+from blocklib.node import check_level
 from blocklib.opening import FROM_IMAGE, FromImage, open_disk
 from blocklib.options import check_options
 from blocklib.policy import resolve_backing_name
@@ -34,6 +45,7 @@ from blocklib.reports import ConvertResult
 
 if TYPE_CHECKING:
     from blocklib.bitmaps import Bitmap
+    from blocklib.node import Compressor
     from blocklib.options import CacheMode, OptionValue
     from blocklib.policy import References, Target
 
@@ -75,6 +87,8 @@ def convert(
     - `backing`: the new image keeps only what differs from this file; the name is stored as given.  Where an image of the
       source's chain is that very file, what comes from there is not read; elsewhere contents are compared.
     - `references`: may the backing file name others?  `cache`: how a target that is created here is written.
+    - `compress`: store compressed clusters, in a format that has them; a new image gets this compression_type.
+      `compress_level` goes from 1 to 9 for zlib, to 22 for zstd; without it zlib is fast and nearly as small as its level 6.
     - `sparse_size`: zeroes of that many bytes become holes; 0 writes them all, so that the target is fully allocated.
     - `target_is_zero`: the open target reads as zero everywhere, so that zeroes need not be written.
     - `unordered`: write in any order.  `salvage`: what cannot be read becomes zero, and is listed in the result.
@@ -84,8 +98,12 @@ def convert(
 
     Raises UsageError, OutOfRangeError (the target is too small), and what opening, reading and writing raise.
     """
-    if compress is not None or compress_level is not None:
-        raise UnsupportedFeatureError("compressed images cannot be written yet", features=("compressed clusters",))
+    if compress not in (None, "zlib", "zstd"):
+        raise UsageError(f"compress is 'zlib' or 'zstd', not {compress!r}")
+    if compress is None and compress_level is not None:
+        raise UsageError("compress_level needs compress")
+    if compress is not None:
+        check_level(compress, compress_level)
     sources: list[Disk | Target] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
     if not sources:
         raise UsageError("nothing to convert")
@@ -107,6 +125,7 @@ def convert(
             overwrite=overwrite,
             references=references,
             cache=cache,
+            compress=compress,
         )
         if end.backing is not None and (len(sources) > 1 or target_is_zero):
             raise UsageError("a target with a backing file has one source, and is not zero")
@@ -124,6 +143,8 @@ def convert(
         threads=threads,
         unordered=unordered,
         salvage=salvage,
+        compress=compress,
+        compress_level=compress_level,
     )
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
@@ -141,6 +162,8 @@ class _Convert(Task[ConvertResult]):
     salvage: bool
     bitmaps: bool
     skip_broken_bitmaps: bool
+    compress: Literal["zlib", "zstd"] | None
+    compress_level: int | None
 
     def run(self, control: Control) -> ConvertResult:
         began = time.monotonic()
@@ -187,6 +210,11 @@ class _Convert(Task[ConvertResult]):
         has_backing = isinstance(self.target, NewImage) and self.target.backing is not None
         # A cluster (or subcluster) of the target is data as a whole, so there is no use in leaving out parts of one.
         block = max(self.sparse_size, target.node.data_unit() or 0) if self.sparse_size else 0
+        compressor = self._compressor(target) if self.compress is not None else None
+        unit = 1
+        if compressor is not None:
+            unit = compressor.unit
+            block = block and unit
         copy = BlockCopy(
             control,
             source,
@@ -197,14 +225,27 @@ class _Convert(Task[ConvertResult]):
             threads=self.threads,
             unordered=self.unordered,
             salvage=self.salvage,
+            compression=Compression(compressor, target.write_packed) if compressor is not None else None,
         )
         if has_backing:
-            copy.run(_runs_above_backing(source, target))
+            runs = _runs_above_backing(source, target)
         elif self.sparse_size:
-            copy.run(without_small_zeroes(source.runs(), block))
+            runs = without_small_zeroes(source.runs(), block)
         else:
-            copy.run(coalesced((start, n, COPY) for start, n, _what in source.runs()))
+            runs = coalesced((start, n, COPY) for start, n, _what in source.runs())
+        copy.run(in_units(runs, unit) if unit > 1 else runs)
         return copy
+
+    def _compressor(self, target: Disk) -> Compressor:
+        """Raises UnsupportedFeatureError, OptionError where the target does not compress, or not that way."""
+        compressor = target.node.compressor(self.compress_level)
+        if compressor.kind != self.compress:
+            raise OptionError(
+                f"{target.node.filename}: its compressed clusters are of the type {compressor.kind}, not {self.compress}",
+                option="compress",
+                choices=(compressor.kind,),
+            )
+        return compressor
 
 
 def _runs_above_backing(source: Concatenation, target: Disk) -> Iterator[Run]:
@@ -236,6 +277,7 @@ class NewImage:
         overwrite: bool,
         references: References,
         cache: CacheMode,
+        compress: Literal["zlib", "zstd"] | None,
     ) -> None:
         self._target = target
         self._format = format
@@ -245,6 +287,8 @@ class NewImage:
                 if self._options.get(name) is not None:
                     raise OptionError(f"{name} is given twice", option=name)
                 self._options[name] = os.fspath(value)
+        if compress is not None:
+            self._compress(compress)
         self._overwrite = overwrite
         self._references = references
         self._cache = cache
@@ -253,6 +297,24 @@ class NewImage:
         self._made: list[str] = []
         if format is None and not self._is_device:
             raise UsageError("format= says what is to be created; only an open disk or a block device does without")
+
+    def _compress(self, compress: str) -> None:
+        """Raises OptionError, UnsupportedFeatureError for a format or options that compressed clusters exclude."""
+        options = self._options
+        if self._format in drivers.FORMATS and not drivers.load(self._format).compresses:
+            raise UnsupportedFeatureError(
+                f"the format {self._format} has no compressed clusters", features=("compressed clusters",)
+            )
+        for name in ("encryption", "encrypt.format", "data_file"):
+            if options.get(name) not in (None, False, "off"):
+                raise OptionError(f"compressed clusters and {name} exclude each other", option=name)
+        if options.get("preallocation") not in (None, "off"):
+            raise OptionError("compressed clusters and preallocation exclude each other", option="preallocation")
+        if self._format == "qcow2" and options.setdefault("compression_type", compress) != compress:
+            raise OptionError(
+                f"compress={compress} and compression_type={options['compression_type']} contradict each other",
+                option="compression_type",
+            )
 
     @property
     def backing(self) -> str | None:

@@ -15,12 +15,14 @@ BUFFER: Final = 2 * PIECE
 """Bytes of a worker's buffer: a piece, and what it is compared with."""
 _MOST_THREADS: Final = 4
 """More bring nothing where bytes only pass through memory."""
+_MOST_THINKING: Final = 64
+"""Where they are compressed as well, each processor counts; this many buffers are enough."""
 
 
-def default_threads() -> int:
+def default_threads(*, thinking: bool = False) -> int:
     """One more than there are processors that we may use, since one of them writes, within reason."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available + 1, _MOST_THREADS)
+    return min(available + 1, _MOST_THINKING if thinking else _MOST_THREADS)
 
 
 class Crew:

@@ -100,6 +100,40 @@ def coalesced(runs: Iterable[Run]) -> Iterator[Run]:
         yield start, length, what
 
 
+def in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
+    """The same runs, none of which ends inside a unit, other than the last: a unit of which some is copied is copied whole.
+
+    One with something to COMPARE is compared whole, and one that mixes zeroes with what the target has is copied.
+    """
+    return coalesced(_in_units(runs, unit))
+
+
+def _in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
+    begun, mixed = 0, -1  # the unit that is not complete begins there; what is in it so far
+    end = 0
+    for start, length, what in runs:
+        end = start + length
+        if begun < start:
+            mixed = _mixed(mixed, what)
+            if end < begun + unit:
+                continue
+            yield begun, unit, mixed
+            begun += unit
+        whole = (end - begun) // unit * unit
+        if whole:
+            yield begun, whole, what
+            begun += whole
+        mixed = what
+    if begun < end:
+        yield begun, end - begun, mixed
+
+
+def _mixed(first: int, second: int) -> int:
+    if first == second:
+        return first
+    return COMPARE if COMPARE in (first, second) and COPY not in (first, second) else COPY
+
+
 def zipped(first: Iterable[Run], second: Iterable[Run]) -> Iterator[tuple[int, int, int, int]]:
     """(offset, length, what of `first`, what of `second`) over two lists of runs that cover the same range."""
     others = iter(second)

@@ -59,7 +59,14 @@ def test_c_integer_reads_what_strtol_reads(text: str, value: int | None) -> None
 
 
 @pytest.mark.parametrize(
-    "line", ["write -c 0 64k", "break a b", "wait_break a", "open -C disk"]
+    "line",
+    [
+        "write -c -f 0 64k",
+        "write -c 100 64k",
+        "break a b",
+        "wait_break a",
+        "open -C disk",
+    ],
 )
 def test_what_is_not_supported_is_refused_by_name(line: str, our_io: OurIo) -> None:
     done = our_io("--image-opts", "driver=memory,size=1M", "-c", line)

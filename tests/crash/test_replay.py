@@ -34,6 +34,7 @@ class Workload:
     n_requests: int = 250
     base_sectors: int = 0
     resizes: bool = False
+    compresses: bool = False
     failing_writes: float = 0.0
     good_barriers: int | None = None
     """How many barriers succeed before one fails."""
@@ -75,6 +76,14 @@ WORKLOADS = {
         failing_writes=0.01,
         lazy=True,
     ),
+    "compressed clusters": Workload(3001, {"cluster_size": 4096}, compresses=True, n_sites=14),
+    "compressed clusters and failing writes": Workload(
+        2000, {"cluster_size": 1024, "refcount_bits": 4}, compresses=True, failing_writes=0.02
+    ),
+    "compressed clusters over a backing file": Workload(
+        1200, {"cluster_size": 2048, "compression_type": "zstd"}, base_sectors=900, resizes=True, compresses=True
+    ),
+    "threads compress": Workload(4001, {"cluster_size": 2048}, n_workers=8, stripe=32, n_requests=60, compresses=True),
     "threads share clusters": Workload(3001, {"cluster_size": 4096}, n_workers=8, stripe=3, n_requests=60),
     "threads own clusters": Workload(
         4001, {"cluster_size": 512, "refcount_bits": 64}, {"l2-cache-size": 2048}, n_workers=8, stripe=32, n_requests=60
@@ -147,7 +156,16 @@ def _work(load: Workload, host: RecordingNode, base: Disk | None, history: Histo
     host.before_write = lambda _offset, _length: fail_if(rnd.random() < load.failing_writes)
     host.before_barrier = lambda: fail_if(next(barriers) == load.good_barriers)
     workers = [
-        Worker(disk, history, number, load.n_workers, stripe=load.stripe, seed=seed, resizes=load.resizes)
+        Worker(
+            disk,
+            history,
+            number,
+            load.n_workers,
+            stripe=load.stripe,
+            seed=seed,
+            resizes=load.resizes,
+            compresses=load.compresses,
+        )
         for number in range(load.n_workers)
     ]
     run_workers(workers, load.n_requests)

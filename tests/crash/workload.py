@@ -155,6 +155,7 @@ class Worker:
     """Sectors; neighbouring stripes belong to different workers."""
     seed: int
     resizes: bool = False
+    compresses: bool = False
     _rnd: random.Random = field(init=False)
     _next_stamp: int = field(init=False)
 
@@ -205,6 +206,8 @@ class Worker:
             self._resize()
         elif not n:
             return
+        elif self.compresses and kind < 0.4:
+            self._write_compressed(first)
         elif kind < 0.7:
             self._next_stamp += 1
             stamp = self._next_stamp
@@ -217,6 +220,25 @@ class Worker:
         else:
             difference = difference_in(disk.read(offset, length), history.now, first)
             assert difference is None, difference
+
+    def _write_compressed(self, near: int) -> None:
+        """Write a few whole clusters that begin near a sector, inside one stripe; allocated ones are refused."""
+        disk = self.disk
+        unit = (disk.node.cluster_size() or 0) // SECTOR
+        first = near // unit * unit
+        stop = min((near // self.stripe + 1) * self.stripe, disk.size // SECTOR, first + unit * self._rnd.choice((1, 1, 5)))
+        if stop != disk.size // SECTOR:
+            stop = stop // unit * unit
+        if stop <= first:
+            return
+        self._next_stamp += 1
+        stamp = self._next_stamp
+        data = stamped(stamp) * (stop - first)
+        try:
+            self.history.change(lambda: disk.write_compressed(first * SECTOR, data), first, stop - first, stamp)
+        except StorageError as exc:
+            if exc.operation != "write compressed":
+                raise
 
     def _resize(self) -> None:
         disk, history = self.disk, self.history

@@ -572,12 +572,6 @@ def test_convert_without_sources_is_refused(tmp_path: Path) -> None:
         blocklib.convert([], tmp_path / "t", format="raw")
 
 
-def test_compressing_is_refused_by_name_for_now(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedFeatureError) as caught:
-        blocklib.convert(tmp_path / "s", tmp_path / "t", format="qcow2", compress="zstd")
-    assert caught.value.features
-
-
 def test_a_callback_that_raises_stops_a_convert_and_removes_what_it_created(tmp_path: Path, source: Path) -> None:
     class Enough(Exception):
         pass

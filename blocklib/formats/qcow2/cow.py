@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blocklib.node import WriteTicket
 
@@ -35,21 +35,31 @@ class AllocationTicket(WriteTicket):
         self._node.unreserve(self)
 
 
+class Claim(Protocol):
+    """Guest clusters [first, stop) that somebody is giving host clusters."""
+
+    first: int
+    stop: int
+
+
 class Allocations:
-    """The list of tickets that are out.  All methods run under `lock`, which `wait` releases while it sleeps."""
+    """The list of claims, most of them tickets, that are out.
+
+    All methods run under `lock`, which `wait` releases while it sleeps.
+    """
 
     def __init__(self, lock: threading.Lock) -> None:
-        self._tickets: list[AllocationTicket] = []
+        self._tickets: list[Claim] = []
         self._changed = threading.Condition(lock)
 
-    def add(self, ticket: AllocationTicket) -> None:
+    def add(self, ticket: Claim) -> None:
         self._tickets.append(ticket)
 
-    def remove(self, ticket: AllocationTicket) -> None:
+    def remove(self, ticket: Claim) -> None:
         self._tickets.remove(ticket)
         self._changed.notify_all()
 
-    def holds(self, ticket: AllocationTicket) -> bool:
+    def holds(self, ticket: Claim) -> bool:
         return ticket in self._tickets
 
     def wait_for(self, first: int, stop: int) -> int:

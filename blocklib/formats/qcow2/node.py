@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.formats.qcow2.encryption import Encryption, Locked
     from blocklib.graph import Edge
+    from blocklib.node import Compressor
     from blocklib.reports import CheckReport, RepairReport
     from blocklib.tracking import BitmapStore
 
@@ -63,6 +64,7 @@ class Qcow2Node(SnapshotNode):
 
     driver = "qcow2"
     supports_backing = True
+    compresses = True
 
     def __init__(
         self,
@@ -402,6 +404,16 @@ class Qcow2Node(SnapshotNode):
     def unreserve(self, ticket: AllocationTicket) -> None:
         """Give back the host clusters of a ticket whose write failed; nobody has seen them."""
         writing.unreserve(self, ticket)
+
+    def compressor(self, level: int | None = None) -> Compressor:
+        from blocklib.formats.qcow2 import packed_writing
+
+        return packed_writing.compressor(self, level)
+
+    def write_packed(self, offset: int, packed: Sequence[bytes | None]) -> bool:
+        from blocklib.formats.qcow2 import packed_writing
+
+        return packed_writing.write_packed(self, offset, packed)
 
     def zero_part(self, offset: int, length: int) -> bool:
         if self.geometry.extended_l2:  # whole subclusters become zero though there are bytes

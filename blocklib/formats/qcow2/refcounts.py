@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from blocklib.errors import ImageCorruptError, ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import TableCache
+from blocklib.formats.qcow2.packing import Packing
 from blocklib.formats.qcow2.tables import Table, zero_table
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Refcounts:
         """Host offsets of blocks that no flush has taken to the file yet."""
         self.unbacked: set[int] = set()
         """Host offsets of new tables, blocks and L2 tables, that may have no space on the host yet."""
+        self.packing = Packing(self)
         self.dirty_table_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
         self.table_moved = False
@@ -140,6 +142,8 @@ class Refcounts:
                 found=str(count),
                 node=self._node,
             )
+        if count == 0:
+            self.packing.before_freeing(cluster, 1)
         self._set(block_index, block, index, count)
         if count == 0:
             self._hint = min(self._hint, cluster)
@@ -274,7 +278,7 @@ class Refcounts:
     def sole_runs(self, first: int, n_clusters: int) -> list[tuple[int, int]]:
         """The parts of a run that `release` would free, (first cluster, number) each: those with a refcount of one.
 
-        Raises MissingTableError.
+        No compressed cluster is packed into them any more.  Raises MissingTableError.
         """
         self._need_blocks(first, n_clusters)
         runs: list[tuple[int, int]] = []
@@ -290,6 +294,7 @@ class Refcounts:
                 runs[-1] = (runs[-1][0], runs[-1][1] + n)
             else:
                 runs.append((cluster, n))
+            self.packing.before_freeing(cluster, n)
             cluster += n
         return runs
 
@@ -312,6 +317,7 @@ class Refcounts:
         if not self._are_ones(cluster, n):
             return False
         block_index = cluster >> self._block_bits
+        self.packing.before_freeing(cluster, n)
         block = self.block(block_index)
         index = cluster & self._block_mask
         block[index : index + n] = zero_table(block.typecode, n * block.itemsize)

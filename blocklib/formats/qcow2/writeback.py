@@ -120,6 +120,7 @@ class WriteBack:
     def finish(self) -> None:
         """Flush, and flush the counts of what that set free, until nothing is left to write.  No request is in flight."""
         with self.exact_counts():
+            self._node.retry(lambda: self._node.refcounts.packing.leave())
             failure = self._write_back()
             while self.has_changes:
                 failure = self._write_back() or failure
