@@ -22,6 +22,7 @@ IMAGES = (
     pytest.param({"cluster_size": 64 * KiB}, 8 * MiB - 5 * 512, id="64k"),
     pytest.param({"cluster_size": 64 * KiB, "compression_type": "zstd"}, 8 * MiB, id="64k-zstd"),
     pytest.param({"cluster_size": 2 * MiB, "refcount_bits": 16}, 24 * MiB + 512, id="2M"),
+    pytest.param({"cluster_size": 16 * KiB, "extended_l2": True}, 4 * MiB, id="16k-subclusters"),
     pytest.param({"cluster_size": 8 * KiB, "compat": "0.10"}, 2 * MiB, id="8k-v2"),
 )
 

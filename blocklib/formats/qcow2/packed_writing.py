@@ -125,10 +125,14 @@ def _link_slice(node: Qcow2Node, claim: _Claim) -> None:
     first = claim.clusters[i]
     slice_offset, table = mapping.slice_for_change(first << geometry.cluster_bits, node.refcounts, node.writeback.freed)
     index = mapping.index_in_slice(first << geometry.cluster_bits)
-    entries = table[index : index + claim.stop - first]
-    last = first + len(entries)
+    words = mapping.words
+    entries = table[index : index + (claim.stop - first) * words]
+    last = first + len(entries) // words
     while i < len(claim.clusters) and claim.clusters[i] < last:
-        entries[claim.clusters[i] - first] = geometry.encode_compressed(claim.host_offsets[i], claim.lengths[i])
+        word = (claim.clusters[i] - first) * words
+        entries[word] = geometry.encode_compressed(claim.host_offsets[i], claim.lengths[i])
+        if words > 1:
+            entries[word + 1] = 0  # a compressed cluster has no subclusters
         i += 1
     mapping.replace(slice_offset, table, index, entries)
     claim.linked = i
