@@ -87,6 +87,14 @@ def test_whatever_changes_the_disk_is_noted_and_nothing_else(name: str, format: 
         assert ranges(bitmap) == expected
 
 
+def test_a_compressed_write_is_noted() -> None:
+    make_disk("disk.qcow2", 64 * MiB)
+    with blocklib.open("disk.qcow2", "r+") as disk:
+        bitmap = disk.bitmaps.add("b", granularity=64 * KiB)
+        disk.write_compressed(4 * MiB, b"compress" * (16 * KiB))
+        assert ranges(bitmap) == [(4 * MiB, 128 * KiB)]
+
+
 def test_a_disabled_bitmap_notes_nothing_and_keeps_what_it_has() -> None:
     make_disk("disk.qcow2", 64 * MiB)
     with blocklib.open("disk.qcow2", "r+") as disk:
