@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from blocklib.options.tables import CREATE, OPEN
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
@@ -40,3 +42,19 @@ def test_every_link_to_a_file_leads_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
     lost = [link for link in links if "://" not in link and not os.path.lexists((ROOT / page).parent / link)]
     assert not lost
+
+
+def test_every_test_that_a_support_table_names_is_where_it_says() -> None:
+    page = ROOT / "docs" / "qcow2-support.md"
+    named = re.findall(r"\[`(test_\w+)`\]\(([^)#\s]+)\)", page.read_text())
+    lost = [(test, path) for test, path in named if f"def {test}(" not in (page.parent / path).read_text()]
+    assert len(named) > 80
+    assert not lost
+
+
+def test_every_option_of_qcow2_stands_in_the_support_table() -> None:
+    page = (ROOT / "docs" / "qcow2-support.md").read_text()
+    names = {option.name for table in (OPEN, CREATE) for option in table["qcow2"]}
+    families = {name if "." not in name else name.split(".")[0] for name in names}
+    missing = [name for name in sorted(families) if f"`{name}" not in page]
+    assert not missing

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import blocklib
 from blocklib import drivers
 from blocklib.buffers import PIECE
 from blocklib.disk import Disk
@@ -797,3 +798,28 @@ def test_a_disk_over_a_bare_file_works(path: Path, opened: Open) -> None:
         disk.write(0, b"b")
         assert [(extent.offset, extent.length, extent.data) for extent in disk.extents()] == [(0, 1000, True)]
     assert path.read_bytes() == b"b" + b"a" * 999
+
+
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_the_host_is_asked_for_extents_and_to_write_in_place(
+    driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, object]] = []
+    monkeypatch.setattr(host, "write_in_place", lambda fd: asked.append(("nocow", os.fstat(fd).st_size)))
+    monkeypatch.setattr(host, "set_extent_size", lambda fd, length: asked.append(("extent_size_hint", length)))
+    blocklib.create(tmp_path / "a", MiB, format=driver, options={"nocow": True, "extent_size_hint": 64 << 10})
+    assert asked == [("nocow", 0), ("extent_size_hint", 64 << 10)]  # while the file is empty: later it has no effect
+    blocklib.create(tmp_path / "b", MiB, format=driver, options={"extent_size_hint": 0})
+    assert len(asked) == 2
+
+
+def test_a_host_that_cannot_follow_a_hint_makes_the_image_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, *_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(host, "write_in_place", refuse)
+    monkeypatch.setattr(host, "set_extent_size", refuse)
+    path = tmp_path / "a"
+    assert blocklib.create(path, MiB, format="raw", options={"nocow": True, "extent_size_hint": 4096}).virtual_size == MiB
