@@ -7,8 +7,8 @@ change holds an in-flight token on it, so that a place it resolved is not reused
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from blocklib.buffers import PIECE, aligned_pool, is_zero, pieces_of, zero_fill, zeroes
 from blocklib.errors import StorageError
@@ -17,6 +17,8 @@ from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from blocklib.node import Node, Preallocation, WriteTicket
+
+_T = TypeVar("_T")
 
 
 def read(node: Node, offset: int, view: memoryview) -> None:
@@ -88,14 +90,17 @@ def _write_bytes(node: Node, offset: int, data: memoryview) -> None:
         else:
             write_padded(node, offset, (data,))
         return
+    _making_room(node, lambda: _write(node, offset, data))
+
+
+def _making_room(node: Node, request: Callable[[], _T]) -> _T:
+    """Do `request`, once more where the host was full and something could be given back."""
     tracker = node.tracker
     if tracker is None:
-        _write(node, offset, data)
-        return
+        return request()
     tracker.enter()
     try:
-        _write(node, offset, data)
-        return
+        return request()
     except StorageError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -107,7 +112,7 @@ def _write_bytes(node: Node, offset: int, data: memoryview) -> None:
         raise full
     tracker.enter()
     try:
-        _write(node, offset, data)
+        return request()
     finally:
         tracker.leave()
 
@@ -150,23 +155,16 @@ def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[byt
 
 
 def _write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
-    tracker = node.tracker
-    if tracker is not None:
-        tracker.enter()
-    try:
-        if not node.write_packed(offset, packed):
-            packed = (None,) * len(packed)
-        start = 0
-        while start < len(packed):
-            stop = start + 1
-            if packed[start] is None:
-                while stop < len(packed) and packed[stop] is None:
-                    stop += 1
-                _write(node, offset + start * unit, data[start * unit : stop * unit])
-            start = stop
-    finally:
-        if tracker is not None:
-            tracker.leave()
+    if not _making_room(node, lambda: node.write_packed(offset, packed)):
+        packed = (None,) * len(packed)
+    start = 0
+    while start < len(packed):
+        stop = start + 1
+        if packed[start] is None:
+            while stop < len(packed) and packed[stop] is None:
+                stop += 1
+            _write_bytes(node, offset + start * unit, data[start * unit : stop * unit])
+        start = stop
 
 
 def _copy_on_write(node: Node, offset: int, part: memoryview, ticket: WriteTicket) -> list[memoryview]:

@@ -5,13 +5,17 @@ Source: ``docs/interop/qcow2.rst``, "Compressed Clusters Descriptor" and the hea
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blocklib.errors import ImageCorruptError
 from blocklib.formats.qcow2 import layout
 from blocklib.node import check_level
+
+if TYPE_CHECKING:
+    from zstandard import ZstdDecompressor
 
 DEFLATE_WINDOW_BITS: Final = 12
 """Readers may keep no more than 4 KiB of what they have decompressed: QEMU's inflate is given this window."""
@@ -21,6 +25,8 @@ _FAST_LEVELS: Final = range(1, 4)
 _MOST_EXCESS: Final = 1.05
 """What the default level may take, by its own estimate, in terms of zlib's level 6, which is what QEMU uses."""
 _SAMPLE: Final = 1 << 16
+
+_per_thread = threading.local()
 
 _OneCluster: TypeAlias = Callable[[memoryview], bytes]
 
@@ -100,7 +106,7 @@ class _Balanced:
         length = min(len(stream), self._unit)
         if length == self._unit:  # nearly random: zlib could not do much, either
             self._made += length
-            self._allowed += length
+            self._allowed += _MOST_EXCESS * length
             return stream
         if not self._good and self._unit > _SAMPLE:
             sample = cluster[:_SAMPLE]
@@ -161,6 +167,9 @@ def _unzstd(data: bytes | bytearray | memoryview, cluster_size: int, host_offset
 
     parts = []
     try:
+        # What announces its size, as QEMU's frames and ours do, goes in one step, into no more memory than that.
+        if zstandard.frame_content_size(data) == cluster_size:
+            return _zstd_decompressor().decompress(data, allow_extra_data=True)
         with zstandard.ZstdDecompressor().stream_reader(data, read_size=len(data)) as reader:
             while cluster_size:  # a frame that ends early gives fewer bytes
                 part = reader.read(cluster_size)
@@ -171,6 +180,16 @@ def _unzstd(data: bytes | bytearray | memoryview, cluster_size: int, host_offset
     except zstandard.ZstdError as exc:
         raise _damaged(host_offset, str(exc), node) from exc
     return b"".join(parts)
+
+
+def _zstd_decompressor() -> ZstdDecompressor:
+    """This thread's own: making one takes as long as decompressing a cluster."""
+    made: ZstdDecompressor | None = getattr(_per_thread, "decompressor", None)
+    if made is None:
+        import zstandard
+
+        made = _per_thread.decompressor = zstandard.ZstdDecompressor()
+    return made
 
 
 def _damaged(host_offset: int, found: str, node: str | None) -> ImageCorruptError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
@@ -384,7 +384,7 @@ class Qcow2Node(SnapshotNode):
         if self.refcounts.unbacked:
             from blocklib.formats.qcow2.reserve import back_tables
 
-            back_tables(self, offset, cast("AllocationTicket | None", run[3]))
+            back_tables(self, offset, run[3])
         return run
 
     def make_room(self) -> bool:

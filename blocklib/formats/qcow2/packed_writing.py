@@ -6,12 +6,14 @@ Source: ``docs/interop/qcow2.rst``, "Compressed Clusters Descriptor".
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from blocklib.errors import StorageError, UnsupportedFeatureError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.compression import Compressor
+from blocklib.formats.qcow2.reserve import back_tables
+from blocklib.node import WriteTicket
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -35,10 +37,12 @@ def compressor(node: Qcow2Node, level: int | None) -> Compressor:
     return Compressor(header.compression_type, node.geometry.cluster_size, level)
 
 
-class _Claim:
+class _Claim(WriteTicket):
     """The guest clusters of one compressed write, and where their streams go."""
 
-    def __init__(self, offset: int, packed: Sequence[bytes | None], cluster_bits: int) -> None:
+    def __init__(self, node: Qcow2Node, offset: int, packed: Sequence[bytes | None]) -> None:
+        cluster_bits = node.geometry.cluster_bits
+        self._node = node
         self.first = offset >> cluster_bits
         self.stop = self.first + len(packed)
         self.clusters = [self.first + i for i, stream in enumerate(packed) if stream is not None]
@@ -47,6 +51,9 @@ class _Claim:
         self.host_offsets: list[int] = []
         self.linked = 0
         """How many of the streams are part of the image."""
+
+    def abort(self) -> None:
+        _give_back(self._node, self)
 
 
 def write_packed(node: Qcow2Node, offset: int, packed: Sequence[bytes | None]) -> bool:
@@ -58,7 +65,7 @@ def write_packed(node: Qcow2Node, offset: int, packed: Sequence[bytes | None]) -
     """
     node.check_usable()
     node.check_writable()
-    claim = _Claim(offset, packed, node.geometry.cluster_bits)
+    claim = _Claim(node, offset, packed)
     if not claim.clusters:
         return True
     try:
@@ -66,6 +73,8 @@ def write_packed(node: Qcow2Node, offset: int, packed: Sequence[bytes | None]) -
         if max(claim.host_offsets) >= node.geometry.max_compressed_offset:
             _give_back(node, claim)
             return False
+        if node.refcounts.unbacked:
+            back_tables(node, offset, claim, length=len(packed) << node.geometry.cluster_bits)
         _write(node, claim)
         while claim.linked < len(claim.clusters):
             node.retry(lambda: _link_slice(node, claim))
@@ -84,19 +93,30 @@ def _reserve(node: Qcow2Node, claim: _Claim) -> None:
         node.allocations.wait_for_all(claim.first, claim.stop)
         _refuse_allocated(node, claim)
         node.allocations.add(claim)
+    for guest_offset in _slices(node, claim):  # made now, while nothing is lost if the host has no room for them
+        node.mapping.slice_for_change(guest_offset, node.refcounts, node.writeback.freed)
     node.refcounts.packing.place(claim.lengths, claim.host_offsets)
+
+
+def _slices(node: Qcow2Node, claim: _Claim) -> Iterator[int]:
+    """A guest offset in each L2 slice that will map one of the streams."""
+    mapping, bits = node.mapping, node.geometry.cluster_bits
+    last = -1
+    for cluster in claim.clusters:
+        if cluster // mapping.slice_entries != last:
+            last = cluster // mapping.slice_entries
+            yield cluster << bits
 
 
 def _refuse_allocated(node: Qcow2Node, claim: _Claim) -> None:
     mapping = node.mapping
     bits = node.geometry.cluster_bits
-    slice_offset = None
     for cluster in claim.clusters:
         guest_offset = cluster << bits
-        index = mapping.index_in_slice(guest_offset)
-        if not index or cluster == claim.clusters[0] or slice_offset is None:
-            slice_offset = mapping.slice_at(guest_offset)
-        if slice_offset is not None and mapping.cache.need(slice_offset)[index] & _REFERENCE:
+        slice_offset = mapping.slice_at(guest_offset)
+        if slice_offset is None:
+            continue
+        if mapping.cache.need(slice_offset)[mapping.index_in_slice(guest_offset)] & _REFERENCE:
             raise StorageError(
                 f"{node.filename}: the cluster at {guest_offset:#x} is allocated; only a new one can be written compressed",
                 errno=errno.EIO,

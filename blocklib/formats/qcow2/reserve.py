@@ -15,12 +15,12 @@ from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.resize import count_used
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.cow import AllocationTicket
     from blocklib.formats.qcow2.node import Qcow2Node
+    from blocklib.node import WriteTicket
 
 
-def back_tables(node: Qcow2Node, offset: int, ticket: AllocationTicket | None) -> None:
-    """Give the tables that were made for a write to guest `offset` their space.
+def back_tables(node: Qcow2Node, offset: int, ticket: WriteTicket | None, *, length: int = 1) -> None:
+    """Give the tables that were made for a write to `length` bytes from guest `offset` their space.
 
     Raises StorageError where there is none: the ticket is given back, and so are tables that hold nothing else.
     """
@@ -32,7 +32,9 @@ def back_tables(node: Qcow2Node, offset: int, ticket: AllocationTicket | None) -
     except StorageError:
         if ticket is not None:
             ticket.abort()
-        node.retry(lambda: _forget_table(node, offset))
+        shift = node.geometry.l1_shift
+        for l1_index in range(offset >> shift, ((offset + length - 1) >> shift) + 1):
+            node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
         node.retry(lambda: _forget_blocks(node))
         raise
 
@@ -44,15 +46,13 @@ def _without_space(node: Qcow2Node) -> list[int]:
         return sorted(refcounts.unbacked)
 
 
-def _forget_table(node: Qcow2Node, offset: int) -> None:
-    """Unlink the new L2 table for guest `offset` if it maps nothing and nobody is about to link something into it."""
+def _forget_table(node: Qcow2Node, index: int) -> None:
+    """Unlink the new L2 table of this L1 index if it maps nothing and nobody is about to link something into it."""
     mapping, refcounts = node.mapping, node.refcounts
-    shift = node.geometry.l1_shift
-    index = offset >> shift
     place = mapping.l1[index] & layout.OFFSET_MASK
     if place not in refcounts.unbacked or place not in mapping.new_tables:
         return
-    per_table = shift - node.geometry.cluster_bits
+    per_table = node.geometry.l1_shift - node.geometry.cluster_bits
     if node.allocations.overlaps(index << per_table, (index + 1) << per_table):
         return
     starts = range(place, place + node.geometry.cluster_size, mapping.slice_length)
