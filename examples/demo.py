@@ -174,8 +174,23 @@ def demo(folder: Path) -> str:
     run("blocklib", "commit", "-f", "qcow2", "tuesday.qcow2", folder=folder, shown_lines=1)
     judges = check("base.qcow2", folder)
 
-    heading("8. Convert back to raw, and compare")
-    run("blocklib", "convert", "-f", "qcow2", "-O", "raw", "base.qcow2", "final.raw", folder=folder)
+    heading("8. A bad day: a bitmap notes what it touches, and an internal snapshot takes it back")
+    run("blocklib", "snapshot", "-c", "before", "base.qcow2", folder=folder)
+    run("blocklib", "bitmap", "--add", "-f", "qcow2", "base.qcow2", "touched", folder=folder)
+    write_at_random(folder / "base.qcow2", bytearray(expected), seed=3, count=100)
+    with blocklib.open(folder / "base.qcow2", "r+") as disk:
+        touched = disk.bitmaps["touched"]
+        say(f"the bitmap counts {touched.count / MiB:.1f} MiB in {len(touched.dirty_ranges())} ranges")
+        touched.remove()
+    run("blocklib", "snapshot", "-a", "before", "base.qcow2", folder=folder)
+    run("blocklib", "snapshot", "-l", "base.qcow2", folder=folder, shown_lines=4)
+    check("base.qcow2", folder)
+
+    heading("9. Compress it, convert it back to raw, and compare")
+    run("blocklib", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "base.qcow2", "small.qcow2", folder=folder)
+    sizes = [os.stat(folder / name).st_blocks * 512 / MiB for name in ("base.qcow2", "small.qcow2")]
+    say(f"{sizes[0]:.1f} MiB have become {sizes[1]:.1f} MiB")
+    run("blocklib", "convert", "-f", "qcow2", "-O", "raw", "small.qcow2", "final.raw", folder=folder)
     digest = compare(folder / "final.raw", expected)
     say(f"sha256 {digest}")
     return (
