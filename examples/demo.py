@@ -188,7 +188,7 @@ def demo(folder: Path) -> str:
 
     heading("9. Compress it, convert it back to raw, and compare")
     run("blocklib", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "base.qcow2", "small.qcow2", folder=folder)
-    sizes = [os.stat(folder / name).st_blocks * 512 / MiB for name in ("base.qcow2", "small.qcow2")]
+    sizes = [(folder / name).stat().st_blocks * 512 / MiB for name in ("base.qcow2", "small.qcow2")]
     say(f"{sizes[0]:.1f} MiB have become {sizes[1]:.1f} MiB")
     run("blocklib", "convert", "-f", "qcow2", "-O", "raw", "small.qcow2", "final.raw", folder=folder)
     digest = compare(folder / "final.raw", expected)
