@@ -305,12 +305,12 @@ class NewImage:
             raise UnsupportedFeatureError(
                 f"the format {self._format} has no compressed clusters", features=("compressed clusters",)
             )
-        for name in ("encryption", "encrypt.format", "data_file"):
+        for name in ("encryption", "encrypt", "encrypt.format", "data_file"):
             if options.get(name) not in (None, False, "off"):
                 raise OptionError(f"compressed clusters and {name} exclude each other", option=name)
         if options.get("preallocation") not in (None, "off"):
             raise OptionError("compressed clusters and preallocation exclude each other", option="preallocation")
-        if self._format == "qcow2" and options.setdefault("compression_type", compress) != compress:
+        if self._format == "qcow2" and options.setdefault("compression_type", compress) in {"zlib", "zstd"} - {compress}:
             raise OptionError(
                 f"compress={compress} and compression_type={options['compression_type']} contradict each other",
                 option="compression_type",
