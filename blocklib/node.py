@@ -354,6 +354,9 @@ class Node:
         """
         return False
 
+    def check_resize(self, size: int, preallocation: Preallocation) -> None:
+        """Called before anything of a change of the size begins: raises what stands against it."""
+
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
         """Change the size; new bytes read as zero (backing files do not show through).  The caller has drained the node."""
         raise ReadOnlyError(f"{self.driver}: cannot be resized", node=self.name)

@@ -284,6 +284,7 @@ def _discard_units(node: Node, offset: int, length: int) -> None:
 
 def truncate(node: Node, size: int, preallocation: Preallocation = "off") -> None:
     """Change the size of a node; bytes that it gains read as zero, whatever lay there or lies below."""
+    node.check_resize(size, preallocation)
     if node.bitmaps is None:
         _change_size(node, size, preallocation)
         return

@@ -435,14 +435,17 @@ class Qcow2Node(SnapshotNode):
     def reach(self, size: int) -> bool:
         from blocklib.formats.qcow2.resize import reach
 
-        self.check_usable()
         reach(self, size)
         return True
+
+    def check_resize(self, size: int, preallocation: Preallocation) -> None:
+        from blocklib.formats.qcow2.resize import check_resize
+
+        check_resize(self, size, preallocation)
 
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
         from blocklib.formats.qcow2.resize import resize
 
-        self.check_usable()
         resize(self, size, preallocation)
 
     def flush(self) -> None:

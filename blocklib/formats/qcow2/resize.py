@@ -21,14 +21,10 @@ def reach(node: Qcow2Node, size: int) -> None:
     """Let requests reach up to `size` (a multiple of 512); the caller has drained the node and makes the new part zero.
 
     A smaller size than the last one takes that back.
-
-    Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
     """
     if size < node.size:
         _take_back(node, size)
         return
-    _check_size(node, size)
-    _refuse_for_snapshots(node, size)
     lengthen_l1(node, node.geometry.l1_entries_for(size))
     _forget_vm_state(node, size)
     node.size = size
@@ -72,18 +68,11 @@ def _take_back(node: Qcow2Node, size: int) -> None:
 
 
 def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
-    """Make the disk `size` bytes (a multiple of 512) long, durably; the caller has drained it.
-
-    Raises UsageError for another size, ImageLimitError where the L1 table would grow too large.
-    """
-    _check_size(node, size)
-    _refuse_for_snapshots(node, size)
+    """Make the disk `size` bytes long, which `check_resize` has accepted, durably; the caller has drained it."""
     old_size = node.header.size // SIZE_UNIT * SIZE_UNIT
     if size < old_size:
         _shrink(node, size)
     elif size > old_size:
-        if preallocation != "off" and node.crypt is not None and node.header.version == layout.VERSION_2:
-            raise UsageError(f"{node.filename}: preallocation of an encrypted image needs version 3 (compat=1.1)")
         lengthen_l1(node, node.geometry.l1_entries_for(size))
         if data_file.is_external(node.header):
             data_file.grow(node, old_size, size, preallocation)
@@ -95,6 +84,17 @@ def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
         with node.writeback.structure:
             node.size = size
             _rewrite_header(node)
+
+
+def check_resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
+    """Raises UsageError for a size that is no multiple of 512 or a preallocation that cannot be, ImageLimitError where the L1
+    table would grow too large, UnsupportedFeatureError where a snapshot keeps the disk from having this size."""
+    node.check_usable()
+    _check_size(node, size)
+    _refuse_for_snapshots(node, size)
+    grows = size > node.size and preallocation != "off"
+    if grows and node.crypt is not None and node.header.version == layout.VERSION_2:
+        raise UsageError(f"{node.filename}: preallocation of an encrypted image needs version 3 (compat=1.1)")
 
 
 def _check_size(node: Qcow2Node, size: int) -> None:
