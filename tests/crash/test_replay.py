@@ -83,6 +83,15 @@ WORKLOADS = {
     "compressed clusters over a backing file": Workload(
         1200, {"cluster_size": 2048, "compression_type": "zstd"}, base_sectors=900, resizes=True, compresses=True
     ),
+    "compressed clusters, smallest caches": Workload(
+        1200, {"cluster_size": 512, "refcount_bits": 2}, {"l2-cache-size": 512}, compresses=True
+    ),
+    "compressed clusters beside subclusters": Workload(
+        3001, {"cluster_size": "16k", "extended_l2": "on"}, compresses=True, resizes=True
+    ),
+    "compressed clusters, lazy refcounts": Workload(
+        2000, {"cluster_size": 1024, "lazy_refcounts": "on"}, compresses=True, lazy=True, failing_writes=0.01
+    ),
     "threads compress": Workload(4001, {"cluster_size": 2048}, n_workers=8, stripe=32, n_requests=60, compresses=True),
     "threads share clusters": Workload(3001, {"cluster_size": 4096}, n_workers=8, stripe=3, n_requests=60),
     "threads own clusters": Workload(

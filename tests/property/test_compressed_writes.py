@@ -15,8 +15,9 @@ from blocklib.errors import StorageError
 from tests.programs import Program
 from tests.property.chains import first_difference
 
+WIDTHS = (1, 2, 4, 8, 64)
 IMAGES = (
-    *(pytest.param({"cluster_size": 4096, "refcount_bits": bits}, 2 * MiB, id=f"4k-refcount{bits}") for bits in (1, 2, 8, 64)),
+    *(pytest.param({"cluster_size": 4096, "refcount_bits": bits}, 2 * MiB, id=f"4k-refcount{bits}") for bits in WIDTHS),
     pytest.param({"cluster_size": 512}, 300 * KiB + 512, id="512"),
     pytest.param({"cluster_size": 512, "compression_type": "zstd", "refcount_bits": 32}, 200 * KiB, id="512-zstd"),
     pytest.param({"cluster_size": 64 * KiB}, 8 * MiB - 5 * 512, id="64k"),
@@ -24,6 +25,7 @@ IMAGES = (
     pytest.param({"cluster_size": 2 * MiB, "refcount_bits": 16}, 24 * MiB + 512, id="2M"),
     pytest.param({"cluster_size": 16 * KiB, "extended_l2": True}, 4 * MiB, id="16k-subclusters"),
     pytest.param({"cluster_size": 8 * KiB, "compat": "0.10"}, 2 * MiB, id="8k-v2"),
+    pytest.param({"cluster_size": 4 * KiB, "lazy_refcounts": True}, 2 * MiB, id="4k-lazy-refcounts"),
 )
 
 
@@ -81,6 +83,14 @@ def write_at_random(disk: blocklib.Disk, model: bytearray, seed: int, n: int, fi
     return done, refused
 
 
+def _without(content: bytes | bytearray, bitmap: blocklib.Bitmap) -> bytearray:
+    """`content` with zeroes where the bitmap is dirty."""
+    rest = bytearray(content)
+    for offset, length in bitmap.dirty_ranges().tolist():
+        rest[offset : offset + length] = bytes(min(length, len(rest) - offset))
+    return rest
+
+
 @pytest.mark.parametrize(("options", "size"), IMAGES)
 def test_compressed_writes_agree_with_a_model_and_the_image_is_clean(
     options: dict[str, Any], size: int, tmp_path: Path, qemu_img: Program
@@ -91,9 +101,14 @@ def test_compressed_writes_agree_with_a_model_and_the_image_is_clean(
     done = refused = 0
     for seed in range(3):
         with blocklib.open(path, "r+", format="qcow2", discard="unmap") as disk:
+            before = bytes(model)
+            if options.get("compat") != "0.10":
+                bitmap = disk.bitmaps.add(f"since {seed}", persistent=True, granularity=512)
             one = write_at_random(disk, model, seed, 40, 0, size)
             done, refused = done + one[0], refused + one[1]
             assert not first_difference(disk.read(0, size), model)
+            if options.get("compat") != "0.10":
+                assert not first_difference(_without(before, bitmap), _without(model, bitmap))
         assert blocklib.check(path, format="qcow2").clean
         qemu_img("check", "-q", "-f", "qcow2", path)
     assert done

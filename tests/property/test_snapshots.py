@@ -96,6 +96,7 @@ class Machine:
     def step(self) -> None:
         actions: list[tuple[int, Callable[[], None]]] = [
             (9, self._write),
+            (4, self._write_compressed),
             (3, self._zero),
             (2, self._discard),
             (5, self._create),
@@ -116,6 +117,19 @@ class Machine:
         data = self.rnd.randbytes(length)
         self.disk.write(offset, data)
         self.content[offset : offset + length] = data
+
+    def _write_compressed(self) -> None:
+        """Whole clusters, which may be allocated already: then the request is refused, and nothing has changed."""
+        cluster = int(self.case.options.get("cluster_size", 65536))
+        offset = self._place()[0] // cluster * cluster
+        data = bytes((self.rnd.randrange(256),)) * min(self.rnd.choice((1, 2, 9)) * cluster, len(self.content) - offset)
+        try:
+            self.disk.write_compressed(offset, data)
+        except blocklib.StorageError as exc:
+            if exc.operation != "write compressed":
+                raise
+            return
+        self.content[offset : offset + len(data)] = data
 
     def _zero(self) -> None:
         offset, length = self._place()

@@ -94,6 +94,20 @@ def test_every_place_to_run_full_leaves_what_was_written_before(refcount_bits: i
         assert_sound(host, written)
 
 
+def test_a_compressed_write_takes_the_place_of_what_was_discarded() -> None:
+    host, disk, _node = made(cluster_size=4096)
+    disk.write(0, b"a" * MiB)
+    disk.flush()
+    disk.discard(0, MiB)
+    host.room = host.size
+    noise = os.urandom(2048)
+    data = (noise + bytes(2048)) * 32 + os.urandom(65536)
+    disk.write_compressed(1 * MiB, data)
+    assert host.size <= host.room + host.freed
+    disk.close()
+    assert_sound(host, {0: bytes(MiB), 1 * MiB: data})
+
+
 def test_a_full_host_lets_the_image_give_back_what_waits_for_a_flush() -> None:
     host, disk, _node = made(cluster_size=4096)
     disk.write(0, b"a" * MiB)

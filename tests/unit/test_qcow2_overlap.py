@@ -96,6 +96,7 @@ def refused(image: Image, disk: Disk, request: Callable[[], object], *names: str
     later_requests: list[Callable[[], object]] = [
         lambda: disk.write(32 * MiB, b"z"),
         lambda: disk.write(2 * MiB, b"z"),
+        lambda: disk.write_compressed(48 * MiB, bytes(CLUSTER)),
         lambda: disk.write_zeroes(32 * MiB, MiB),
         lambda: disk.discard(0, MiB),
         lambda: disk.truncate(128 * MiB),
@@ -222,7 +223,8 @@ def test_a_new_refcount_block_is_not_put_where_an_entry_points() -> None:
 
 
 @pytest.mark.parametrize("what", ["header", "active L1 table", "active L2 table", "refcount table", "refcount block"])
-def test_what_the_counts_call_free_is_not_taken_where_it_cannot_be(what: str) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_the_counts_call_free_is_not_taken_where_it_cannot_be(what: str, compressed: bool) -> None:
     image = Image()
     places = {
         "header": 0,
@@ -233,7 +235,8 @@ def test_what_the_counts_call_free_is_not_taken_where_it_cannot_be(what: str) ->
     }
     image.set_refcount(places[what], 0)
     disk = image.opened()
-    refused(image, disk, lambda: disk.write(512 * KiB, b"y"), what.removeprefix("active "))
+    write = disk.write_compressed if compressed else disk.write
+    refused(image, disk, lambda: write(512 * KiB, b"y" * CLUSTER), what.removeprefix("active "))
     disk.close()
 
 
