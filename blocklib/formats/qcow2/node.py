@@ -43,6 +43,7 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.formats.qcow2.encryption import Encryption, Locked
+    from blocklib.formats.qcow2.header_write import HeaderWrite
     from blocklib.graph import Edge
     from blocklib.node import Compressor
     from blocklib.reports import CheckReport, RepairReport
@@ -601,11 +602,15 @@ class Qcow2Node(SnapshotNode):
         super().check_usable()
         refuse_corrupt(self)
 
-    def rewrite_header(self) -> None:
-        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
+    def plan_header(self, header: Header) -> HeaderWrite:
+        """How `header` would replace the one in the file.  Raises UsageError where it does not fit."""
         on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
         self.file.read(0, memoryview(on_disk))
-        change = plan_rewrite(self.header, bytes(on_disk))
+        return plan_rewrite(header, bytes(on_disk))
+
+    def rewrite_header(self) -> None:
+        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
+        change = self.plan_header(self.header)
         for host_offset, data in change.rest:
             self.file.write(host_offset, (data,))
         if change.rest:
