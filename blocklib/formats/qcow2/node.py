@@ -249,23 +249,10 @@ class Qcow2Node(SnapshotNode):
         if self.read_only:
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
-            self._repair_after_crash()
+            from blocklib.formats.qcow2.repair import repair_after_crash
+
+            repair_after_crash(self)
         autoclear.clear_what_is_not_kept_up(self)
-
-    def _repair_after_crash(self) -> None:
-        from blocklib.formats.qcow2.repair import repair_image
-
-        repair_image(self.file, self.header, self.geometry, "all", filename=self.filename or self.name)
-        self.load()
-        if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
-            raise ImageCorruptError(
-                f"{self.filename}: the image was not closed properly and could not be repaired",
-                structure="header field incompatible_features",
-                host_offset=layout.FIELD_OFFSETS["incompatible_features"],
-                expected="no dirty bit",
-                found="the dirty bit after a repair",
-                node=self.filename,
-            )
 
     def close(self) -> None:
         try:
