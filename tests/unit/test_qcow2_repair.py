@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blocklib.errors import StalePlanError
+from blocklib.errors import ImageLimitError, StalePlanError
 from blocklib.formats.qcow2.check import check_image
 from blocklib.formats.qcow2.repair import repair_image
 from blocklib.reports import CheckReport, RepairReport
@@ -392,3 +396,42 @@ def test_a_crash_between_wrong_flags_and_counts_leaves_the_dirty_bit() -> None:
     assert image.log[0] is not None
     assert image.log[0][0] == 72
     assert image.log[1] is None
+
+
+# What a repair may cost ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [damaged, damaged_twice], ids=["in place", "rebuilt"])
+def test_clusters_are_compared_some_at_a_time_with_the_same_result(
+    damage: Callable[[], Qcow2Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sliced = damage(), damage()
+    report = repair(whole)
+    monkeypatch.setattr("blocklib.formats.qcow2.check_scan._SLICE", 3)
+    in_slices = repair(sliced)
+    assert in_slices.steps == report.steps
+    assert sliced.bytes == whole.bytes
+
+
+def test_a_sparse_file_costs_a_repair_no_memory_for_its_holes(tmp_path: Path) -> None:
+    script = """
+import os, resource, sys, blocklib
+blocklib.create(sys.argv[1], 1 << 20, format="qcow2", options={"cluster_size": 512})
+blocklib.repair(sys.argv[1], "all")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+os.truncate(sys.argv[1], 32 << 30)
+blocklib.repair(sys.argv[1], "all")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "disk.qcow2")]
+    grown = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout)
+    assert grown < 64  # MiB for 2**26 clusters
+
+
+def test_guest_data_on_more_metadata_than_memory_should_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(0), image.l1 | COPIED)
+    monkeypatch.setattr("blocklib.formats.qcow2.repair_entries._MAX_MOVED_BYTES", image.cluster_size - 1)
+    with pytest.raises(ImageLimitError, match="too much guest data"):
+        repair(image)
+    assert image.log == []
