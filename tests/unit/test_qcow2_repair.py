@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+import blocklib
 from blocklib.errors import ImageLimitError, StalePlanError
+from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check import check_image
 from blocklib.formats.qcow2.repair import repair_image
 from blocklib.reports import CheckReport, RepairReport
@@ -435,3 +438,60 @@ def test_guest_data_on_more_metadata_than_memory_should_hold_is_refused(monkeypa
     with pytest.raises(ImageLimitError, match="too much guest data"):
         repair(image)
     assert image.log == []
+
+
+# Bitmaps ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda entry: entry.flags(1, 1 << 20), ["first", "third"]),
+        (lambda entry: entry.table(1, 0x200), ["first", "third"]),
+        (lambda entry: (entry.flags(0, 1 << 20), entry.table(2, 1 << 40)), ["second"]),  # the third is found only then
+        (lambda entry: [entry.flags(index, 1 << 20) for index in range(3)], []),
+        (lambda entry: entry.name_length(1, 15), []),  # where one ends and the next begins, nobody knows
+    ],
+    ids=["flags", "unaligned table", "and a table past the end", "all of them", "length"],
+)
+def test_bitmaps_beside_a_malformed_one_are_kept_as_far_as_they_can_be_read(
+    damage: Callable[[BitmapEntries], object], kept: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    blocklib.create(path, 1 << 20, format="qcow2")
+    with blocklib.open(path, "r+") as disk:
+        for name in ("first", "second", "third"):
+            disk.bitmaps.add(name, persistent=True)
+        disk.write(1 << 16, b"x")
+    damage(BitmapEntries(path))
+    plan = blocklib.repair(path, "all", dry_run=True)
+    report = blocklib.repair(path, "all", expect=plan)
+    assert report.after is not None
+    assert report.after.clean
+    with blocklib.open(path) as disk:
+        assert [bitmap.name for bitmap in disk.bitmaps] == kept
+        assert all(bitmap.dirty_ranges().tolist() == [(1 << 16, 1 << 16)] for bitmap in disk.bitmaps)
+
+
+class BitmapEntries:
+    """The entries of a bitmap directory in a file, to be damaged one by one, 32 bytes each: their names have up to 8."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        data = path.read_bytes()
+        extension = data.index(struct.pack(">II", layout.EXTENSION_BITMAPS, 24))
+        self._directory = int.from_bytes(data[extension + 24 : extension + 32], "big")
+
+    def _put(self, index: int, offset: int, data: bytes) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self._directory + 32 * index + offset)
+            file.write(data)
+
+    def table(self, index: int, host_offset: int) -> None:
+        self._put(index, 0, host_offset.to_bytes(8, "big"))
+
+    def flags(self, index: int, flags: int) -> None:
+        self._put(index, 12, flags.to_bytes(4, "big"))
+
+    def name_length(self, index: int, length: int) -> None:
+        self._put(index, 18, length.to_bytes(2, "big"))

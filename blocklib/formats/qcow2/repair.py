@@ -144,6 +144,8 @@ class _Plan:
             snapshots = SnapshotRepair(draft, scan)
             steps += snapshots.apply()
             removed = list(remove_broken_bitmaps(draft, scan))
+            if removed and scan.bitmaps.sound:  # whose tables nobody has looked at yet
+                removed += remove_broken_bitmaps(draft, self._scan())
             fixer = TableFixer(draft, scan)
             steps += removed
             if scan.walk.zeroes_unaligned:
