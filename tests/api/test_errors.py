@@ -324,12 +324,12 @@ def test_what_is_no_file_is_refused(mode: Any) -> None:
 
 
 def test_a_word_that_is_no_choice_changes_nothing() -> None:
-    make_disk("disk.qcow2", 1 * MiB)
+    make_disk("disk.qcow2", 8 * MiB)
     before = Path("disk.qcow2").read_bytes()
     with pytest.raises(blocklib.UsageError, match="'leaks' or 'all'"):
         blocklib.repair("disk.qcow2", "leak")  # type: ignore[arg-type]
     with blocklib.open("disk.qcow2", "r+") as disk, pytest.raises(blocklib.UsageError, match="falloc"):
-        disk.truncate(2 * MiB, preallocation="ful")  # type: ignore[arg-type]
+        disk.truncate(9 * MiB, preallocation="ful")  # type: ignore[arg-type]
     assert Path("disk.qcow2").read_bytes() == before
 
 
