@@ -495,3 +495,30 @@ class BitmapEntries:
 
     def name_length(self, index: int, length: int) -> None:
         self._put(index, 18, length.to_bytes(2, "big"))
+
+
+# Snapshots --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_an_absurd_length_of_extra_data_costs_no_snapshot(damaged: int, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    blocklib.create(path, 1 << 20, format="qcow2")
+    names = ["first", "second", "third"]
+    with blocklib.open(path, "r+") as disk:
+        for name in names:
+            disk.write(0, name.encode())
+            disk.snapshots.create(name)
+    position = int.from_bytes(path.read_bytes()[64:72], "big") + 72 * damaged  # 40, 24 of extra data, id and name
+    with path.open("r+b") as file:
+        file.seek(position + 36)
+        assert file.read(4) == (24).to_bytes(4, "big")
+        file.seek(position + 36)
+        file.write((1 << 24).to_bytes(4, "big"))
+    report = blocklib.repair(path, "all")
+    assert report.after is not None
+    assert report.after.clean
+    assert [snapshot.name for snapshot in blocklib.info(path).snapshots] == names
+    for name in names:
+        with blocklib.open(path, options={"snapshot.name": name}) as disk:
+            assert disk.read(0, len(name)) == name.encode()
