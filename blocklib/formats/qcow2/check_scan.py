@@ -107,10 +107,6 @@ class Scan:
         return self.n_clusters + int(self.counts[self.n_clusters] > 0)
 
     @property
-    def is_clean(self) -> bool:
-        return not any(self.findings.totals.values())
-
-    @property
     def counts_suffice(self) -> bool:
         """No cluster in use has too low a count, or one that is not known: nothing can be overwritten by mistake."""
         return not (self.n_too_low or self.findings.totals["check-error"])
