@@ -52,16 +52,17 @@ def _inside(node: Qcow2Node, offset: int, length: int) -> int:
 def grow(node: Qcow2Node, old_size: int, size: int, preallocation: Preallocation) -> None:
     """Make the data file `size` bytes long; from `old_size` on it reads as zero.
 
-    Clusters that are mapped show the data file, so what an earlier, longer disk may have left there goes.
+    Clusters that are mapped show the data file, so what an earlier, longer disk may have left there goes.  In an encrypted
+    one it stays: zeroes there are noise, and the part that had to be made zero is stored by now.
     """
     data = node.data
     kept = data.size
-    if kept > old_size:
+    if kept > old_size and node.crypt is None:
         if data.node.is_device:
             data.write_zeroes(old_size, min(kept, size) - old_size, unmap=True)
         else:
             data.truncate(old_size)
-    if data.size < size or not data.node.is_device:
+    if data.size < size:
         data.truncate(size, "off" if preallocation == "metadata" else preallocation)
 
 
