@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -351,3 +352,22 @@ def test_an_image_that_was_not_closed_is_repaired_with_its_secret(qemu_img: Prog
         content[100:116] = b"before and after"
         assert disk.read(0, SIZE) == content
     _check(qemu_img, "disk.qcow2", content)
+
+
+@pytest.mark.parametrize("preallocation", ["metadata", "falloc", "full"])
+def test_preallocated_subclusters_of_an_encrypted_overlay_show_what_lies_below(
+    preallocation: str, tmp_path: Path, qemu_img: Program
+) -> None:
+    base, path, copy = tmp_path / "base.raw", tmp_path / "disk.qcow2", tmp_path / "copy.raw"
+    content = os.urandom(100 * KiB)
+    base.write_bytes(content)
+    options = {"cluster_size": 16 * KiB, "extended_l2": True, "preallocation": preallocation, **LUKS}
+    blocklib.create(path, format="qcow2", backing=base, backing_format="raw", options=options)
+    with open_encrypted(path, "r+", references="allow") as disk:
+        assert disk.read(0, disk.size) == content
+        disk.truncate(200 * KiB, preallocation=preallocation)  # type: ignore[arg-type]
+        disk.write(3000, b"x" * 5000)
+    expected = content[:3000] + b"x" * 5000 + content[8000:] + bytes(100 * KiB)
+    qemu_img("check", *OBJECT, "--image-opts", image_opts(path))
+    qemu_img("convert", *OBJECT, "--image-opts", image_opts(path), "-O", "raw", copy)
+    assert copy.read_bytes() == expected

@@ -198,7 +198,7 @@ def preallocate(node: Qcow2Node, offset: int, end: int, mode: Preallocation) -> 
             if start < file_end:  # space that was used before
                 node.file.write_zeroes(start, min(n << geometry.cluster_bits, file_end - start), unmap=False)
         offset = stop
-    if node.crypt is not None:  # zeroes in the file decrypt to noise: it takes the metadata to say zero
+    if node.crypt is not None and mapping.words == 1:  # zeroes in the file are noise: the metadata says zero instead
         zero_range(node, begin, end - begin, unmap=False)
     if host_end > node.file.size:
         node.file.truncate(host_end, "off" if mode == "metadata" else mode)
