@@ -202,14 +202,12 @@ class Tracking:
     def replacing(self, size: int | None) -> Iterator[None]:
         """Around a change of the whole content, and of the node's size if that is not `size` yet or None: all is marked.
 
-        Raises what `prepare` and `resizing` raise.
+        Raises what `prepare` and `resizing` raise.  A change that fails has changed nothing, or has poisoned the node.
         """
         self.prepare()
-        try:
-            with nullcontext() if size in (None, self._node.size) else self.resizing(size):
-                yield
-        finally:
-            self.record(0, self._node.size)
+        with nullcontext() if size in (None, self._node.size) else self.resizing(size):
+            yield
+        self.record(0, self._node.size)
 
     # -- the collection -----------------------------------------------------------------------------------------------
 

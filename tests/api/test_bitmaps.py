@@ -324,3 +324,16 @@ def test_applying_an_internal_snapshot_marks_everything_and_follows_its_size() -
         assert ranges(off) == []
     with blocklib.open("disk.qcow2") as disk:
         assert ranges(disk.bitmaps["b"]) == [(0, 12 * MiB)]
+
+
+def test_an_apply_that_is_refused_marks_nothing() -> None:
+    blocklib.create("disk.qcow2", MiB, format="qcow2", options={"refcount_bits": 2, "cluster_size": 4096})
+    with blocklib.open("disk.qcow2", "r+") as disk:
+        disk.write(0, b"x" * 4096)
+        disk.snapshots.create("one")
+        disk.snapshots.create("two")
+        bitmap = disk.bitmaps.add("marks", granularity=4096)
+        disk.write(8192, b"y")
+        with pytest.raises(blocklib.ImageLimitError):  # the first cluster has the three references that two bits can count
+            disk.snapshots["one"].apply()
+        assert ranges(bitmap) == [(8192, 4096)]
