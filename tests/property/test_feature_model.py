@@ -73,9 +73,13 @@ def open_options() -> st.SearchStrategy[dict[str, Any]]:
 CACHES = st.sampled_from(("unsafe", "writeback", "none", "writethrough"))
 OFFSETS = st.one_of(
     st.integers(0, MAX_SIZE),
-    st.builds(lambda n, size, delta: max(0, n * size + delta), st.integers(0, 40), st.sampled_from((512, 2048, 16384, 65536)),
-              st.sampled_from((0, 0, 1, -1, 512))),
-)  # fmt: skip
+    st.builds(
+        lambda n, size, delta: max(0, n * size + delta),
+        st.integers(0, 40),
+        st.sampled_from((512, 2048, 16384, 65536)),
+        st.sampled_from((0, 1, -1, 512)),
+    ),
+)
 LENGTHS = st.one_of(st.sampled_from((512, 2048, 4096, 16384, 65536, 131072)), st.integers(1, 3000), st.integers(1, MAX_SIZE))
 PICK = st.integers(0, 1 << 16)
 SIZES = st.one_of(st.integers(1, MAX_SIZE // SECTOR), st.integers(1, 60)).map(lambda n: n * SECTOR)
@@ -106,7 +110,6 @@ class FeatureMachine(RuleBasedStateMachine):
         self.leaky = False
         """A crash may have left clusters that nobody uses."""
         self.snapshots: dict[str, bytes] = {}
-        self.vm_state = b""
         self.bitmaps: dict[str, BitmapModel] = {}
         self.stored: dict[str, BitmapModel] = {}
         """The bitmaps as the last close has left them."""
@@ -128,7 +131,7 @@ class FeatureMachine(RuleBasedStateMachine):
             (self.folder / "base.raw").write_bytes(self.base)
             if not options.get("extended_l2"):
                 options.pop("preallocation", None)
-        backing = {"backing": "base.raw", "backing_format": "raw"} if self.base is not None else {}
+        backing: Any = {"backing": "base.raw", "backing_format": "raw"} if self.base is not None else {}
         blocklib.create(self.path, size, format="qcow2", options=options, **backing)
         self.content = bytearray(size)
         if self.base is not None:
@@ -252,7 +255,8 @@ class FeatureMachine(RuleBasedStateMachine):
         for start in range(0, len(before), SECTOR):
             sector = found[start : start + SECTOR]
             if sector != before[start : start + SECTOR]:
-                assert offset <= start and min(start + SECTOR, len(before)) <= offset + length
+                assert offset <= start
+                assert min(start + SECTOR, len(before)) <= offset + length
                 below = bytes(self.base[start : start + SECTOR]) if self.base is not None else b""
                 assert sector in (bytes(len(sector)), below.ljust(len(sector), b"\0")), start
         self.content[:] = found
@@ -262,11 +266,11 @@ class FeatureMachine(RuleBasedStateMachine):
     def _adopt_marks(self, before: bytes) -> None:
         """Where the driver chooses what changes, bitmaps have at least that."""
         assert self.disk is not None
-        self.wrote = True
         changed = [
             start for start in range(0, min(len(before), len(self.content)), SECTOR)
             if before[start : start + SECTOR] != self.content[start : start + SECTOR]
         ]  # fmt: skip
+        self.wrote = self.wrote or bool(changed)
         for name, bitmap in self.bitmaps.items():
             found = self._found_pieces(name, bitmap)
             assert found >= bitmap.pieces
@@ -282,6 +286,34 @@ class FeatureMachine(RuleBasedStateMachine):
         for start, length in self.disk.bitmaps[name].dirty_ranges().tolist():
             found |= bitmap.pieces_of(start, start + length)
         return found
+
+    @rule(first=st.integers(0, 40), n=st.integers(1, 4), noise=st.booleans())
+    def write_compressed(self, first: int, n: int, noise: bool) -> None:
+        assert self.disk is not None
+        cluster = int(self.options["cluster_size"])
+        clusters = -(-len(self.content) // cluster)
+        offset = first % clusters * cluster
+        length = min(n * cluster, len(self.content) - offset)
+        self.stamp += 1
+        data = os.urandom(length) if noise else (self.stamp.to_bytes(3, "big") * (length // 3 + 1))[:length]
+        before = bytes(self.content)
+        try:
+            self.disk.write_compressed(offset, data)
+        except blocklib.UnsupportedFeatureError:
+            assert self.external or self.encrypted
+            return
+        except blocklib.StorageError:  # one of the clusters has a place already
+            data = self.disk.read(offset, length)
+            for start in range(0, length, cluster):  # clusters that had no place may have been written
+                piece, old = data[start : start + cluster], before[offset + start : offset + start + cluster]
+                assert piece == old or n > 1
+        self.content[offset : offset + length] = data
+        if data == before[offset : offset + length]:
+            self._adopt_marks(before)
+        else:
+            self._mark(offset, length)
+            self._adopt_marks(bytes(self.content))
+        self._changed()
 
     @rule()
     def flush(self) -> None:
@@ -353,7 +385,11 @@ class FeatureMachine(RuleBasedStateMachine):
 
     # -- bitmaps ------------------------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from("abc"), granularity=st.sampled_from((512, 4096, 64 * KiB)), flags=st.tuples(st.booleans(), st.booleans()))
+    @rule(
+        name=st.sampled_from("abc"),
+        granularity=st.sampled_from((512, 4096, 64 * KiB)),
+        flags=st.tuples(st.booleans(), st.booleans()),
+    )
     def add_bitmap(self, name: str, granularity: int, flags: tuple[bool, bool]) -> None:
         assert self.disk is not None
         persistent, enabled = flags
@@ -362,7 +398,8 @@ class FeatureMachine(RuleBasedStateMachine):
         try:
             self.disk.bitmaps.add(name, granularity=granularity, persistent=persistent, enabled=enabled)
         except blocklib.UnsupportedFeatureError:
-            assert persistent and self.compat == "0.10"
+            assert persistent
+            assert self.compat == "0.10"
             return
         self.bitmaps[name] = BitmapModel(granularity, persistent, enabled)
 
@@ -416,7 +453,8 @@ class FeatureMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.base is not None and not self.snapshots)
     @rule()
     def commit(self) -> None:
-        assert self.disk is not None and self.base is not None
+        assert self.disk is not None
+        assert self.base is not None
         if len(self.base) < len(self.content):
             self.base.extend(bytes(len(self.content) - len(self.base)))
         self.base[: len(self.content)] = self.content
@@ -446,7 +484,8 @@ class FeatureMachine(RuleBasedStateMachine):
     def repair(self) -> None:
         assert self.disk is not None
         before = blocklib.repair(self.disk, "all").before
-        assert not before.corruptions and (self.leaky or not before.leaks), before.findings
+        assert not before.corruptions
+        assert self.leaky or not before.leaks, before.findings
         self.leaky = False
         self._durable()
 
@@ -474,8 +513,9 @@ class FeatureMachine(RuleBasedStateMachine):
     def check(self) -> None:
         self._qemu_check(self.path, self.encrypted, codes=(0, 3) if self.leaky else (0,))
         report = blocklib.check(self.path, format="qcow2")
-        assert not report.corruptions and (self.leaky or not report.leaks), report.findings
-        if self.options.get("data_file_raw"):
+        assert not report.corruptions
+        assert self.leaky or not report.leaks, report.findings
+        if self.options.get("data_file_raw") and not self.encrypted:
             assert not first_difference((self.folder / "guest.raw").read_bytes(), self.content), "the data file"
         if self.base is not None:
             assert not first_difference((self.folder / "base.raw").read_bytes(), self.base), "the backing file"
@@ -496,5 +536,7 @@ class FeatureMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
+if settings.default is not None and settings.default.max_examples <= 50:  # `make torture` has its own numbers
+    FeatureMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=25)
 # Reducing a failure to its smallest form takes Hypothesis minutes.
 TestFeatureModel = pytest.mark.timeout(900)(pytest.mark.requires("qemu-img")(FeatureMachine.TestCase))
