@@ -117,6 +117,8 @@ class Bitmap:
         node = self._node()
         copies = []
         for other in others:
+            if not isinstance(other, Bitmap):
+                raise UsageError(f"bitmaps are merged with bitmaps, not with {type(other).__name__}")
             other_node = other._node()
             if other_node.size != node.size:
                 raise UsageError(

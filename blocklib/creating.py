@@ -53,7 +53,9 @@ def create(
     try:
         data_path = typed.get("data_file") and _data_path(path, typed["data_file"])
         if data_path is not None:
-            _make_data_file(path, data_path, typed, made, overwrite=overwrite)
+            _refuse_data_path(path, data_path, typed.get("backing_file"))
+            if _claim(data_path, overwrite=overwrite):
+                made.append(data_path)
         if _claim(path, overwrite=overwrite):
             made.append(path)
         _fill(path, format, typed, data_path, empty_first=path not in made)
@@ -133,15 +135,15 @@ def _data_path(path: str, name: str) -> str:
     return resolve_backing_name(path, name)
 
 
-def _make_data_file(path: str, data_path: str, typed: Mapping[str, Any], made: list[str], *, overwrite: bool) -> None:
-    """An empty data file for the new image at `path`; its name is added to `made` if it was not there before."""
+def _refuse_data_path(path: str, data_path: str, backing: str | None) -> None:
+    """Raises UsageError for a data file that is the new image, or its backing file."""
     if _is_same(path, data_path):
         raise UsageError(f"{data_path}: an image cannot be its own data file")
-    backing = typed.get("backing_file")
     if backing is not None and _is_same(resolve_backing_name(path, backing), data_path):
         raise UsageError(f"{data_path}: a file cannot be backing file and data file of one image")
-    if _claim(data_path, overwrite=overwrite):
-        made.append(data_path)
+
+
+def _empty_data_file(data_path: str, typed: Mapping[str, Any]) -> None:
     size = typed["size"]
     with _OpenFile(data_path) as root:
         if not root.edge.node.is_device:
@@ -183,6 +185,8 @@ def _claim(path: str, *, overwrite: bool) -> bool:
 def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | None, *, empty_first: bool) -> None:
     make = drivers.load(format).image_maker(typed)
     with _OpenFile(path) as root:
+        if data_path is not None:  # both are ours by now: an image that is in use costs the data file nothing
+            _empty_data_file(data_path, typed)
         if empty_first and not root.edge.node.is_device:
             root.edge.truncate(0)
         if not root.edge.node.is_device:

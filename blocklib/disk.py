@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
-from blocklib.node import CONSISTENT_READ, RESIZE, WRITE
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Preallocation
 from blocklib.policy import References, resolve_backing_name
 from blocklib.reports import ImageInfo, NodeInfo
 from blocklib.requests import CLOSED, FORKED, FORKED_TEXT, RequestTracker
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable
-    from blocklib.node import Node, Preallocation
+    from blocklib.node import Node
     from blocklib.snapshots import Snapshots
 
 AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
@@ -252,6 +252,8 @@ class Disk:
         size = index(size)
         if size < 0:
             raise OutOfRangeError(f"a size of {size} bytes")
+        if preallocation not in get_args(Preallocation):
+            raise UsageError(f"preallocation is one of {', '.join(get_args(Preallocation))}, not {preallocation!r}")
         with graph.drained(self.node), self.node.resizing:
             node = self._checked_for_write(0, 0)
             if size < node.size and not shrink:

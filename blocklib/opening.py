@@ -68,6 +68,7 @@ def open(
     `target` is a path, or options in QEMU's names, nested or dotted.  `format` None looks for the magic of a known format;
     raw has none and must be said.  No file but `target` is opened unless `references` allows it ("allow", or a policy of
     `blocklib.policy`), or unless the caller names it as `backing` or `data_file`; ``backing=None`` reads this image alone.
+    An open Disk serves as `data_file` for reading only, since a writer tolerates no other: for "r+" give its options.
 
     Raises PolicyError, LockedError, ImageNotFoundError, StorageError, ImageError (FormatMismatchError, ImageCorruptError,
     ImageLimitError, UnsupportedFeatureError), OptionError, UsageError.

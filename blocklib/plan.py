@@ -73,14 +73,18 @@ def _read_backing(node: Node, offset: int, view: memoryview) -> None:
 def write(node: Node, offset: int, data: memoryview) -> None:
     """Write `data` at `offset`; the whole range lies inside the node (a leaf grows)."""
     if node.detect_zeroes != "off" and is_zero(data):
-        unmap = node.detect_zeroes == "unmap" and node.discard_passes
-        write_zeroes(node, offset, len(data), unmap=unmap)
+        _write_detected(node, offset, len(data))
         return
     if node.bitmaps is None:
         _write_bytes(node, offset, data)
         return
     with node.bitmaps.recorded(offset, len(data)):
         _write_bytes(node, offset, data)
+
+
+def _write_detected(node: Node, offset: int, length: int) -> None:
+    unmap = node.detect_zeroes == "unmap" and node.discard_passes
+    write_zeroes(node, offset, length, unmap=unmap)
 
 
 def _write_bytes(node: Node, offset: int, data: memoryview) -> None:
@@ -147,6 +151,9 @@ def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[byt
 
     What does not shrink is written as it is.
     """
+    if node.detect_zeroes != "off" and is_zero(data):
+        _write_detected(node, offset, len(data))
+        return
     if node.bitmaps is None:
         _write_packed(node, offset, data, packed, unit)
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from blocklib.dirty_bits import DirtyBits, bytes_for
@@ -199,15 +199,22 @@ class Tracking:
                         bitmap.changed = True
 
     @contextmanager
-    def replacing(self, size: int | None) -> Iterator[None]:
+    def replacing(self, size: int | None) -> Iterator[Callable[[], None]]:
         """Around a change of the whole content, and of the node's size if that is not `size` yet or None: all is marked.
 
-        Raises what `prepare` and `resizing` raise.  A change that fails has changed nothing, or has poisoned the node.
+        Yields what the change calls before its first write, unless it is refused; that raises what `prepare` and `resizing`
+        raise.
         """
-        self.prepare()
-        with nullcontext() if size in (None, self._node.size) else self.resizing(size):
-            yield
-        self.record(0, self._node.size)
+        # Taken before the change takes locks that come after it.
+        with self._io, ExitStack() as stack:
+
+            def begin() -> None:
+                self.prepare()
+                stack.callback(lambda: self.record(0, self._node.size))
+                if size is not None and size != self._node.size:
+                    stack.enter_context(self.resizing(size))
+
+            yield begin
 
     # -- the collection -----------------------------------------------------------------------------------------------
 

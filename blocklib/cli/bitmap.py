@@ -49,7 +49,7 @@ def run(session: Session, given: Given) -> int:
         raise UsageFailure("expects a file name and the name of a bitmap")
     _check_combination(given)
     filename, name = given.operands
-    granularity = size_value(given.last("-g") or "0", "granularity") if given.has("-g") else None
+    granularity = size_value(given.last("-g") or "0", "granularity") or None  # 0 leaves the choice to us, as with QEMU
     with ExitStack() as stack:
         disk = stack.enter_context(open_image(session, given, name_of(given, filename), write=True))
         try:

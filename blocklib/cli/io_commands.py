@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from blocklib.cli import io_requests as requests
 from blocklib.cli.common import FORCE_SHARE, Name, cache_mode, explain, target_of
@@ -20,6 +20,9 @@ from blocklib.cli.output import fact_lines
 from blocklib.cli.session import Failure
 from blocklib.errors import BlocklibError
 from blocklib.options import flatten, parse_create_options, parse_options
+
+if TYPE_CHECKING:
+    from blocklib.reports import ImageInfo
 
 _SECTOR = 512
 _OPTIONS = Option(("-o",), "options", "options of the driver: driver=...,key=value")
@@ -147,21 +150,21 @@ def _length(shell: Shell, given: Given) -> bool:
 
 def _info(shell: Shell, given: Given) -> bool:
     info = shell.need_disk().info()
-    cluster_size = info.cluster_size or 0
     shell.say(f"format name: {info.format}")
-    shell.say(f"cluster size: {size_text(cluster_size)}")
-    shell.say(f"vm state offset: {size_text(_vm_state_offset(info.format, info.virtual_size, cluster_size))}")
+    shell.say(f"cluster size: {size_text(info.cluster_size or 0)}")
+    shell.say(f"vm state offset: {size_text(_vm_state_offset(info))}")
     if info.format_specific:
         shell.say("\n".join(["Format specific information:", *fact_lines(info.format_specific, 1)]))
     return True
 
 
-def _vm_state_offset(image_format: str, disk_size: int, cluster_size: int) -> int:
+def _vm_state_offset(info: ImageInfo) -> int:
     """Where the guest offsets of a VM state begin: in qcow2 after the last L2 table of the disk, elsewhere nowhere."""
-    if image_format != "qcow2":
+    if info.format != "qcow2" or info.cluster_size is None:
         return 0
-    per_table = cluster_size // 8 * cluster_size
-    return -(-disk_size // per_table) * per_table
+    entry_length = 16 if (info.format_specific or {}).get("extended-l2") else 8
+    per_table = info.cluster_size // entry_length * info.cluster_size
+    return -(-info.virtual_size // per_table) * per_table
 
 
 def _alloc(shell: Shell, given: Given) -> bool:

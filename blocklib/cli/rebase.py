@@ -79,4 +79,5 @@ def _start(given: Given, disk: Disk, backing: str | None) -> Job[RebaseResult]:
         backing_format=None if backing is None else given.last("-F"),
         unsafe=given.has("-u"),
         references="deny" if given.has("--untrusted") else "allow",
+        secrets=given.secrets,
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
 
 from blocklib import graph
 from blocklib.disk import Disk
-from blocklib.errors import ReadOnlyError
+from blocklib.errors import ReadOnlyError, UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.job import Job, started
 from blocklib.opening import open_metadata
@@ -53,11 +53,13 @@ def repair(
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Job[RepairReport]:
-    """Repair an image: its "leaks", or or "all" that ``qemu-img check -r all`` repairs.
+    """Repair an image: its "leaks", or "all" that ``qemu-img check -r all`` repairs.
 
     With `dry_run` nothing changes, and the steps say what would be done.  With `expect`, the report of a dry run, exactly
     that is done, or nothing (StalePlanError).  Raises what `check` does, ReadOnlyError, LockedError.
     """
+    if what not in get_args(RepairWhat):
+        raise UsageError(f"what to repair is 'leaks' or 'all', not {what!r}")
     task = _Repair(target, what, format, dry_run, expect)
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -17,10 +17,11 @@ from blocklib.jobs.ends import Concatenation, opened, same_file
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, Run, coalesced, runs_above, runs_of, without_equal_zeroes, zipped
 from blocklib.opening import open_disk
-from blocklib.policy import PlainPath, resolve_backing_name
+from blocklib.policy import PlainPath, qemu_target, resolve_backing_name
 from blocklib.reports import RebaseResult
 
 if TYPE_CHECKING:
+    from blocklib.crypto.secrets import Secret
     from blocklib.node import Node
     from blocklib.policy import References, Target
 
@@ -34,6 +35,7 @@ def rebase(
     unsafe: bool = False,
     format: str | None = None,
     references: References = "deny",
+    secrets: Mapping[str, Secret] | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
@@ -45,7 +47,9 @@ def rebase(
     same image was moved, and loses data everywhere else.
 
     A `target` that is opened here needs `references` to open its old chain, and so does the new backing file for what
-    it names.  When it is cancelled, `target` has its old backing file and reads as before.
+    it names.  With ``references="allow"`` a name is read as one in an image is, ``json:{...}`` included, whose options name
+    `secrets` by their ids: so is an encrypted image opened.  When it is cancelled, `target` has its old backing file and
+    reads as before.
 
     Raises UsageError, PolicyError, UnsupportedFeatureError (not an overlay's format), LockedError, StorageError.
     """
@@ -54,7 +58,7 @@ def rebase(
     if backing is None and backing_format is not None:
         raise UsageError("backing_format without a backing file")
     name = os.fspath(backing) if backing is not None else None
-    task = _Rebase(target, name, backing_format, unsafe, format, references)
+    task = _Rebase(target, name, backing_format, unsafe, format, references, secrets)
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
@@ -68,6 +72,7 @@ class _Rebase(Task[RebaseResult]):
     unsafe: bool
     format: str | None
     references: References
+    secrets: Mapping[str, Secret] | None
 
     def run(self, control: Control) -> RebaseResult:
         copied = 0
@@ -79,9 +84,7 @@ class _Rebase(Task[RebaseResult]):
             new = None
             if not self.unsafe:
                 if self.backing is not None:
-                    full_name = resolve_backing_name(node.filename or "", self.backing)
-                    opening = open_disk(PlainPath(full_name), format=self.backing_format, references=self.references)
-                    new = stack.enter_context(opening)
+                    new = stack.enter_context(self._opened_backing(node, self.backing))
                 control.set_total(top.size)
                 copied = _copy_differences(control, top, new)
                 top.flush()
@@ -95,6 +98,11 @@ class _Rebase(Task[RebaseResult]):
         if self.unsafe and not isinstance(self.target, Disk):
             return open_disk(self.target, "r+", format=self.format, backing=None)
         return opened(self.target, "r+", format=self.format, references=self.references)
+
+    def _opened_backing(self, node: Node, name: str) -> Disk:
+        full_name = resolve_backing_name(node.filename or "", name)
+        target = qemu_target(full_name) if self.references == "allow" else PlainPath(full_name)
+        return open_disk(target, format=self.backing_format, references=self.references, secrets=self.secrets)
 
 
 def _exchange_backing(change: graph.Transaction, node: Node, new: Disk | None) -> None:

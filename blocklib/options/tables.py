@@ -192,8 +192,7 @@ _CREATE_ENCRYPTED: tuple[Option, ...] = (
     Option(
         "encrypt.iter-time",
         "int",
-        "Milliseconds that opening a key slot shall take (default: 2000)",
-        minimum=1,
+        "Milliseconds that opening a key slot shall take (default, and 0: 2000)",
         maximum=3_600_000,
     ),
 )

@@ -146,6 +146,14 @@ def test_what_a_grown_disk_gained_is_clean_and_what_it_lost_is_forgotten() -> No
         assert ranges(disk.bitmaps["b"]) == []
 
 
+def test_only_bitmaps_are_merged() -> None:
+    make_disk("one.qcow2", 8 * MiB)
+    with blocklib.open("one.qcow2", "r+") as disk:
+        bitmap = disk.bitmaps.add("one")
+        with pytest.raises(blocklib.UsageError, match="not with str"):
+            bitmap.merge("one")  # type: ignore[arg-type]
+
+
 def test_bitmaps_merge_across_granularities_and_images_all_or_nothing() -> None:
     make_disk("one.qcow2", 8 * MiB)
     make_disk("two.qcow2", 8 * MiB)

@@ -221,6 +221,17 @@ def test_create_makes_the_data_file_beside_the_image(folder: Path) -> None:
     assert Path("images/data.img").stat().st_size == 1 * MiB
 
 
+@pytest.mark.parametrize("used", ["disk.qcow2", "data.img"])
+def test_create_empties_neither_file_where_one_is_in_use(used: str) -> None:
+    for name in ("disk.qcow2", "data.img"):
+        blocklib.create(name, 1 * MiB, format="raw")
+        patch(name, 0, PATTERN)
+    before = [Path(name).read_bytes() for name in ("disk.qcow2", "data.img")]
+    with blocklib.open(used, "r+", format="raw"), pytest.raises(blocklib.LockedError):
+        blocklib.create("disk.qcow2", 1 * MiB, format="qcow2", options={"data_file": "data.img"}, overwrite=True)
+    assert [Path(name).read_bytes() for name in ("disk.qcow2", "data.img")] == before
+
+
 def test_create_replaces_a_data_file_only_if_told_to() -> None:
     Path("data.img").write_bytes(b"precious")
     with pytest.raises(blocklib.ImageExistsError):

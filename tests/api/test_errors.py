@@ -323,6 +323,16 @@ def test_what_is_no_file_is_refused(mode: Any) -> None:
         blocklib.open("x" * 300, mode, format="raw")
 
 
+def test_a_word_that_is_no_choice_changes_nothing() -> None:
+    make_disk("disk.qcow2", 8 * MiB)
+    before = Path("disk.qcow2").read_bytes()
+    with pytest.raises(blocklib.UsageError, match="'leaks' or 'all'"):
+        blocklib.repair("disk.qcow2", "leak")  # type: ignore[arg-type]
+    with blocklib.open("disk.qcow2", "r+") as disk, pytest.raises(blocklib.UsageError, match="falloc"):
+        disk.truncate(9 * MiB, preallocation="ful")  # type: ignore[arg-type]
+    assert Path("disk.qcow2").read_bytes() == before
+
+
 @pytest.mark.parametrize("size", [-1, -512, 1 << 63, 1 << 80])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_a_size_that_cannot_be_is_refused_and_leaves_no_file(size: int, format: str) -> None:

@@ -46,6 +46,7 @@ def without_names(text: str) -> str:
         ["--add", "image", "new"],
         ["--add", "-g", "512", "image", "new"],
         ["--add", "--granularity=2G", "image", "new"],
+        ["--add", "-g", "0", "image", "new"],
         ["--add", "--disable", "image", "new"],
         ["--add", "--disable", "--enable", "image", "new"],
         ["--add", "--merge", "on", "--merge", "off", "image", "new"],

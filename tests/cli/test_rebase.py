@@ -92,6 +92,22 @@ def test_percentages_are_printed(blocklib: CommandLine) -> None:
 
 
 @pytest.mark.usefixtures("images")
+def test_an_encrypted_backing_file_is_named_with_its_secret(blocklib: CommandLine, qemu_img: Program) -> None:
+    secret = ("--object", "secret,id=key,data=opensesame")
+    encryption = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    blocklib("create", "-q", *secret, "-f", "qcow2", "-o", encryption, "new.qcow2", "6M")
+    name = 'json:{"driver":"qcow2","encrypt.key-secret":"key","file.filename":"new.qcow2"}'
+    before = Path("top.qcow2").read_bytes()
+    assert "encrypt.key-secret" in blocklib.fails("rebase", "-b", name, "-F", "qcow2", "top.qcow2")
+    assert "encrypt.key-secret" in blocklib.fails("rebase", *secret, "-b", "new.qcow2", "-F", "qcow2", "top.qcow2")
+    assert Path("top.qcow2").read_bytes() == before
+    blocklib("rebase", *secret, "-b", name, "-F", "qcow2", "top.qcow2")
+    assert _backing(qemu_img, "top.qcow2") == (name, "qcow2")
+    qemu_img("convert", *secret, "-O", "raw", "top.qcow2", "after.raw")
+    assert Path("after.raw").read_bytes() == Path("copy.raw").read_bytes()
+
+
+@pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -206,3 +206,11 @@ def test_measure_says_what_qemu_img_says(blocklib: CommandLine, qemu_img: Progra
         arguments = ("measure", "-O", "qcow2", "-o", options, *what)
         assert blocklib(*arguments) == qemu_img(*arguments)
         assert blocklib.json(*arguments) == qemu_img.json(*arguments)
+
+
+@pytest.mark.parametrize("size", ["8M", "256M", "300M"])
+def test_the_vm_state_begins_where_qemu_io_says(
+    blocklib: CommandLine, qemu_img: Program, qemu_io: Program, here: Path, size: str
+) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "image", size)
+    assert blocklib("io", "-c", "info", "image") == qemu_io("-c", "info", "image")

@@ -230,6 +230,14 @@ def test_measure_counts_the_encryption_header(
     assert found == {"required": required, "fully-allocated": fully_allocated}
 
 
+def test_a_time_of_zero_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocklib.formats.qcow2.encryption._DEFAULT_MILLISECONDS", 10)
+    options: dict[str, Any] = {"encrypt.format": "luks", "encrypt.key-secret": blocklib.Secret("k"), "encrypt.iter-time": 0}
+    blocklib.create("zero.qcow2", 1 << 20, format="qcow2", options=options)
+    with blocklib.open("zero.qcow2", options={"encrypt.key-secret": blocklib.Secret("k")}) as disk:
+        assert disk.read(0, 512) == bytes(512)
+
+
 def test_a_new_image_is_laid_out_as_that_of_qemu_img(qemu_img: Program, of_qemu: Path) -> None:
     theirs = qemu_img.json("info", of_qemu)["format-specific"]["data"]
     line = CommandLine()("create", *OBJECT, "-f", "qcow2", "-o", CREATE, "ours.qcow2", SIZE)

@@ -388,6 +388,19 @@ def test_bitmaps_note_compressed_writes(tmp_path: Path) -> None:
         assert bitmap.count == 64 * KiB
 
 
+@pytest.mark.parametrize("detect", ["on", "unmap"])
+def test_detected_zeroes_are_not_compressed_and_may_replace_what_is_allocated(detect: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    blocklib.create(path, MiB, format="qcow2")
+    with blocklib.open(path, "r+", format="qcow2", discard="unmap", detect_zeroes=detect) as disk:
+        disk.write(128 * KiB, text(64 * KiB))
+        disk.write_compressed(64 * KiB, bytes(128 * KiB))
+        assert not any(extent.compressed or extent.data for extent in disk.extents())
+        assert all(extent.zero and extent.present for extent in disk.extents(64 * KiB, 128 * KiB))
+        disk.write_compressed(256 * KiB, bytes(64 * KiB) + text(64 * KiB))  # all of a request, or nothing
+        assert all(extent.compressed for extent in disk.extents(256 * KiB, 128 * KiB))
+
+
 def test_runs_are_rounded_to_units() -> None:
     def rounded(*runs: tuple[int, int, int]) -> list[tuple[int, int, int]]:
         return list(in_units(runs, 10))

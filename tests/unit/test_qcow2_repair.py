@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blocklib.errors import StalePlanError
+import blocklib
+from blocklib.errors import ImageLimitError, StalePlanError
+from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check import check_image
 from blocklib.formats.qcow2.repair import repair_image
 from blocklib.reports import CheckReport, RepairReport
@@ -392,3 +399,126 @@ def test_a_crash_between_wrong_flags_and_counts_leaves_the_dirty_bit() -> None:
     assert image.log[0] is not None
     assert image.log[0][0] == 72
     assert image.log[1] is None
+
+
+# What a repair may cost ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [damaged, damaged_twice], ids=["in place", "rebuilt"])
+def test_clusters_are_compared_some_at_a_time_with_the_same_result(
+    damage: Callable[[], Qcow2Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sliced = damage(), damage()
+    report = repair(whole)
+    monkeypatch.setattr("blocklib.formats.qcow2.check_scan._SLICE", 3)
+    in_slices = repair(sliced)
+    assert in_slices.steps == report.steps
+    assert sliced.bytes == whole.bytes
+
+
+def test_a_sparse_file_costs_a_repair_no_memory_for_its_holes(tmp_path: Path) -> None:
+    script = """
+import os, resource, sys, blocklib
+blocklib.create(sys.argv[1], 1 << 20, format="qcow2", options={"cluster_size": 512})
+blocklib.repair(sys.argv[1], "all")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+os.truncate(sys.argv[1], 32 << 30)
+blocklib.repair(sys.argv[1], "all")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "disk.qcow2")]
+    grown = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=60).stdout)
+    assert grown < 64  # MiB for 2**26 clusters
+
+
+def test_guest_data_on_more_metadata_than_memory_should_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Qcow2Bytes()
+    image.set_entry(image.l2_entry(0), image.l1 | COPIED)
+    monkeypatch.setattr("blocklib.formats.qcow2.repair_entries._MAX_MOVED_BYTES", image.cluster_size - 1)
+    with pytest.raises(ImageLimitError, match="too much guest data"):
+        repair(image)
+    assert image.log == []
+
+
+# Bitmaps ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda entry: entry.flags(1, 1 << 20), ["first", "third"]),
+        (lambda entry: entry.table(1, 0x200), ["first", "third"]),
+        (lambda entry: (entry.flags(0, 1 << 20), entry.table(2, 1 << 40)), ["second"]),  # the third is found only then
+        (lambda entry: [entry.flags(index, 1 << 20) for index in range(3)], []),
+        (lambda entry: entry.name_length(1, 15), []),  # where one ends and the next begins, nobody knows
+    ],
+    ids=["flags", "unaligned table", "and a table past the end", "all of them", "length"],
+)
+def test_bitmaps_beside_a_malformed_one_are_kept_as_far_as_they_can_be_read(
+    damage: Callable[[BitmapEntries], object], kept: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    blocklib.create(path, 1 << 20, format="qcow2")
+    with blocklib.open(path, "r+") as disk:
+        for name in ("first", "second", "third"):
+            disk.bitmaps.add(name, persistent=True)
+        disk.write(1 << 16, b"x")
+    damage(BitmapEntries(path))
+    plan = blocklib.repair(path, "all", dry_run=True)
+    report = blocklib.repair(path, "all", expect=plan)
+    assert report.after is not None
+    assert report.after.clean
+    with blocklib.open(path) as disk:
+        assert [bitmap.name for bitmap in disk.bitmaps] == kept
+        assert all(bitmap.dirty_ranges().tolist() == [(1 << 16, 1 << 16)] for bitmap in disk.bitmaps)
+
+
+class BitmapEntries:
+    """The entries of a bitmap directory in a file, to be damaged one by one, 32 bytes each: their names have up to 8."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        data = path.read_bytes()
+        extension = data.index(struct.pack(">II", layout.EXTENSION_BITMAPS, 24))
+        self._directory = int.from_bytes(data[extension + 24 : extension + 32], "big")
+
+    def _put(self, index: int, offset: int, data: bytes) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self._directory + 32 * index + offset)
+            file.write(data)
+
+    def table(self, index: int, host_offset: int) -> None:
+        self._put(index, 0, host_offset.to_bytes(8, "big"))
+
+    def flags(self, index: int, flags: int) -> None:
+        self._put(index, 12, flags.to_bytes(4, "big"))
+
+    def name_length(self, index: int, length: int) -> None:
+        self._put(index, 18, length.to_bytes(2, "big"))
+
+
+# Snapshots --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_an_absurd_length_of_extra_data_costs_no_snapshot(damaged: int, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    blocklib.create(path, 1 << 20, format="qcow2")
+    names = ["first", "second", "third"]
+    with blocklib.open(path, "r+") as disk:
+        for name in names:
+            disk.write(0, name.encode())
+            disk.snapshots.create(name)
+    position = int.from_bytes(path.read_bytes()[64:72], "big") + 72 * damaged  # 40, 24 of extra data, id and name
+    with path.open("r+b") as file:
+        file.seek(position + 36)
+        assert file.read(4) == (24).to_bytes(4, "big")
+        file.seek(position + 36)
+        file.write((1 << 24).to_bytes(4, "big"))
+    report = blocklib.repair(path, "all")
+    assert report.after is not None
+    assert report.after.clean
+    assert [snapshot.name for snapshot in blocklib.info(path).snapshots] == names
+    for name in names:
+        with blocklib.open(path, options={"snapshot.name": name}) as disk:
+            assert disk.read(0, len(name)) == name.encode()

@@ -324,6 +324,19 @@ def test_a_damaged_image_is_refused_and_stays_as_it_is(
     assert host.data == before
 
 
+@pytest.mark.parametrize("what", BROKEN_SNAPSHOT)
+def test_bitmaps_are_not_marked_for_a_snapshot_that_cannot_be_applied(what: str) -> None:
+    host = broken(what)
+    with disk_on(host) as disk:
+        disk.bitmaps.add("stored", persistent=True)
+    before = bytes(host.data)
+    with disk_on(host) as disk:
+        with pytest.raises((ImageCorruptError, ImageLimitError)):
+            disk.snapshots["15"].apply()
+        assert disk.bitmaps["stored"].count == 0
+    assert host.data == before
+
+
 def test_refcounts_of_one_bit_allow_no_snapshot_of_data() -> None:
     host = RecordingNode(data=new_image(1 << 20, {"refcount_bits": 1, "cluster_size": 4096}))
     with disk_on(host) as disk:

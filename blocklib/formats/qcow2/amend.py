@@ -7,12 +7,14 @@ header, so that a crash leaves the image before or after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import data_file, key_slots, layout
 from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
-from blocklib.formats.qcow2.header import feature_name_table
+from blocklib.formats.qcow2.header import Header, feature_name_table
+from blocklib.formats.qcow2.settings import VERSION_3_OPTIONS
 from blocklib.formats.qcow2.snapshots import table_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ def check(node: Qcow2Node, options: Mapping[str, Any], *, force: bool = False) -
             raise _bad(node, "refcount_bits" if given else "compat", "compat=0.10 needs refcount_bits=16")
         if options["lazy_refcounts"]:
             raise _bad(node, "lazy_refcounts", "lazy refcounts need compat=1.1")
+        for name in VERSION_3_OPTIONS:
+            if node.options.get(name):
+                raise _bad(node, "compat", f"the image is open with the option {name}, which needs compat=1.1")
         if node.header.version != layout.VERSION_2:
             _check_downgrade(node, size or node.size)
     if width != node.geometry.refcount_bits:
@@ -49,6 +54,7 @@ def check(node: Qcow2Node, options: Mapping[str, Any], *, force: bool = False) -
 
         node.writeback.finish()
         check_counts(node, width)
+    node.plan_header(_header_after(node.header, version, options))  # raises where it does not fit
     return key_slots.plan(node, options, force=force)
 
 
@@ -60,6 +66,8 @@ def amend(
     with node.writeback.exact_counts():
         node.writeback.finish()
         version, width = _version_after(node, options), _width_after(node, options)
+        if slots is not None:  # first: that the secret which opened the image still does is known only now
+            key_slots.change(node, options, slots)
         if version > node.header.version:
             _upgrade(node)
         if width != node.geometry.refcount_bits:
@@ -67,8 +75,6 @@ def amend(
 
             change_width(node, width, progress)
         _change_bits_and_names(node, options)
-        if slots is not None:
-            key_slots.change(node, options, slots)
         if version < node.header.version:
             _downgrade(node, progress)
         node.load()
@@ -100,9 +106,10 @@ def _check_names(node: Qcow2Node, options: Mapping[str, Any]) -> None:
     if name is not None:
         if not data_file.is_external(header):
             raise _bad(node, "data_file", "the image has no external data file, and cannot be given one")
-        longest = (1 << header.cluster_bits) - header.header_length
-        if "\0" in name or len(name.encode("utf-8", "surrogateescape")) > longest:
-            raise _bad(node, "data_file", "the name of the data file does not fit")
+        try:
+            replace(header, extensions=[]).data_file_name = name
+        except UsageError as exc:
+            raise _bad(node, "data_file", str(exc)) from exc
     if options["data_file_raw"] and not data_file.is_raw(header):
         raise _bad(node, "data_file_raw", "data_file_raw is for new images: nobody knows what the data file holds")
 
@@ -139,16 +146,54 @@ def _check_downgrade(node: Qcow2Node, size: int) -> None:
         )
 
 
+# -- what becomes of the header ----------------------------------------------------------------------------------------
+
+
+def _header_after(header: Header, version: int, options: Mapping[str, Any]) -> Header:
+    """The header that `options` make of `header`, but for where its tables are."""
+    after = replace(header, extensions=list(header.extensions))
+    if version > header.version:
+        _to_version_3(after)
+    _set_bits_and_names(after, options)
+    if version < header.version:
+        _to_version_2(after)
+    return after
+
+
+def _to_version_3(header: Header) -> None:
+    header.version = layout.VERSION_3
+    header.header_length = layout.HEADER_V3_LENGTH
+    header.set_extension(layout.EXTENSION_FEATURE_NAMES, feature_name_table())
+
+
+def _to_version_2(header: Header) -> None:
+    header.version = layout.VERSION_2
+    header.header_length = layout.HEADER_V2_LENGTH
+    header.incompatible_features = header.compatible_features = header.autoclear_features = 0
+    header.compression_type = layout.COMPRESSION_DEFLATE
+    header.unknown_fields = b""
+    header.set_extension(layout.EXTENSION_FEATURE_NAMES, None)
+
+
+def _set_bits_and_names(header: Header, options: Mapping[str, Any]) -> None:
+    lazy = options["lazy_refcounts"]
+    if lazy is not None and header.version >= layout.VERSION_3:
+        header.compatible_features &= ~layout.COMPATIBLE_LAZY_REFCOUNTS
+        header.compatible_features |= layout.COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
+    if options["data_file_raw"] is False:
+        header.autoclear_features &= ~layout.AUTOCLEAR_RAW_EXTERNAL
+    if options["data_file"] is not None:
+        header.data_file_name = options["data_file"]
+
+
 # -- the changes -------------------------------------------------------------------------------------------------------
 
 
 def _write_header(node: Qcow2Node) -> None:
-    """One change of the header, durable on return.  Raises UsageError, with nothing changed, where it does not fit."""
+    """One change of the header, durable on return.  That it fits is known from `check`."""
     try:
         node.rewrite_header()
         node.writeback.barrier()
-    except UsageError:
-        raise
     except BaseException:
         node.poison("changing the header was interrupted")
         raise
@@ -169,9 +214,7 @@ def _upgrade(node: Qcow2Node) -> None:
         node.file.write(first << geometry.cluster_bits, (data, bytes((n << geometry.cluster_bits) - len(data))))
         node.writeback.flush()
         header.snapshots_offset = first << geometry.cluster_bits
-    header.version = layout.VERSION_3
-    header.header_length = layout.HEADER_V3_LENGTH
-    header.set_extension(layout.EXTENSION_FEATURE_NAMES, feature_name_table())
+    _to_version_3(header)
     _write_header(node)
     if replaced is not None:
         with node.lock:
@@ -180,17 +223,9 @@ def _upgrade(node: Qcow2Node) -> None:
 
 
 def _change_bits_and_names(node: Qcow2Node, options: Mapping[str, Any]) -> None:
-    header = node.header
-    before = header.compatible_features, header.autoclear_features, header.data_file_name
-    lazy = options["lazy_refcounts"]
-    if lazy is not None and header.version >= layout.VERSION_3:
-        header.compatible_features &= ~layout.COMPATIBLE_LAZY_REFCOUNTS
-        header.compatible_features |= layout.COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
-    if options["data_file_raw"] is False:
-        header.autoclear_features &= ~layout.AUTOCLEAR_RAW_EXTERNAL
-    if options["data_file"] is not None:
-        header.data_file_name = options["data_file"]
-    if before != (header.compatible_features, header.autoclear_features, header.data_file_name):
+    before = replace(node.header, extensions=list(node.header.extensions))
+    _set_bits_and_names(node.header, options)
+    if node.header != before:
         _write_header(node)
 
 
@@ -200,13 +235,7 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
 
     expand_zero_clusters(node, progress)
     node.writeback.finish()
-    header = node.header
-    header.version = layout.VERSION_2
-    header.header_length = layout.HEADER_V2_LENGTH
-    header.incompatible_features = header.compatible_features = header.autoclear_features = 0
-    header.compression_type = layout.COMPRESSION_DEFLATE
-    header.unknown_fields = b""
-    header.set_extension(layout.EXTENSION_FEATURE_NAMES, None)
+    _to_version_2(node.header)
     _write_header(node)
 
 

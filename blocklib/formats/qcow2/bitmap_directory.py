@@ -7,7 +7,8 @@ accepted as a whole or not at all; extra data of an entry, which nobody has defi
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -153,28 +154,49 @@ def parse_directory(
         ImageCorruptError: an entry contradicts the specification.
         ImageLimitError: a table, a bitmap or a name larger than QEMU's limits.
     """
+    entries: list[DirectoryEntry] = []
+    names: set[bytes] = set()
+    for entry, refuse in _walk(data, extension, node):
+        _check_entry(entry, geometry, size, names, refuse)
+        entries.append(entry)
+    return entries
+
+
+def sound_entries(
+    data: bytes | bytearray | memoryview, extension: BitmapsExtension, geometry: Geometry, *, size: int
+) -> list[DirectoryEntry]:
+    """What `parse_directory` would have accepted of a directory that it refuses; nothing where entries cannot be told apart."""
+    entries: list[DirectoryEntry] = []
+    names: set[bytes] = set()
+    try:
+        for entry, refuse in _walk(data, extension, None):
+            with suppress(ImageError):
+                _check_entry(entry, geometry, size, names, refuse)
+                entries.append(entry)
+    except ImageError:
+        return []
+    return entries
+
+
+def _walk(
+    data: bytes | bytearray | memoryview, extension: BitmapsExtension, node: str | None
+) -> Iterator[tuple[DirectoryEntry, _Refusal]]:
+    """Each entry, and what builds the error for it.  Raises where their lengths do not fill the directory, ImageLimitError."""
     view = memoryview(data)
     if len(view) != extension.directory_length:
         raise _Refusal("bitmap directory", extension.directory_offset, node)(
             f"{extension.directory_length} bytes", f"{len(view)} bytes"
         )
-    entries: list[DirectoryEntry] = []
-    names: set[bytes] = set()
     position = 0
     for index in range(extension.n_bitmaps):
         refuse = _Refusal(f"bitmap directory entry {index}", extension.directory_offset + position, node)
         entry = _parse_entry(view[position:], refuse)
-        _check_entry(entry, geometry, size, refuse)
-        if entry.name in names:
-            raise refuse("a name that no other bitmap has", repr(entry.name))
-        names.add(entry.name)
-        entries.append(entry)
+        yield entry, refuse
         position += entry.length
     if position != len(view):
         raise _Refusal("bitmap directory", extension.directory_offset, node)(
             f"{extension.n_bitmaps} entries in {len(view)} bytes", f"entries that end after {position} bytes"
         )
-    return entries
 
 
 def _parse_entry(view: memoryview, refuse: _Refusal) -> DirectoryEntry:
@@ -196,7 +218,10 @@ def _parse_entry(view: memoryview, refuse: _Refusal) -> DirectoryEntry:
     return DirectoryEntry(offset, table_entries, flags, granularity_bits, name, kind, extra_data)
 
 
-def _check_entry(entry: DirectoryEntry, geometry: Geometry, size: int | None, refuse: _Refusal) -> None:
+def _check_entry(
+    entry: DirectoryEntry, geometry: Geometry, size: int | None, names: set[bytes], refuse: _Refusal
+) -> None:
+    """Raises where an entry contradicts the specification; otherwise its name joins `names`."""
     if entry.flags & layout.BITMAP_RESERVED_FLAGS:
         raise refuse("no reserved flags", f"{entry.flags:#x}")
     if entry.granularity_bits > layout.BITMAP_MAX_GRANULARITY_BITS:
@@ -214,6 +239,9 @@ def _check_entry(entry: DirectoryEntry, geometry: Geometry, size: int | None, re
         needed = geometry.clusters_for(data_length(size, entry.granularity_bits))
         if entry.table_entries != max(needed, 1):
             raise refuse(f"a table of {max(needed, 1)} entries", f"{entry.table_entries} entries")
+    if entry.name in names:
+        raise refuse("a name that no other bitmap has", repr(entry.name))
+    names.add(entry.name)
 
 
 def pack_directory(entries: Sequence[DirectoryEntry]) -> bytes:

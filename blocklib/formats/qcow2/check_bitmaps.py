@@ -12,7 +12,13 @@ import numpy as np
 
 from blocklib.errors import ImageError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.bitmap_directory import BitmapsExtension, DirectoryEntry, parse_directory, parse_extension
+from blocklib.formats.qcow2.bitmap_directory import (
+    BitmapsExtension,
+    DirectoryEntry,
+    parse_directory,
+    parse_extension,
+    sound_entries,
+)
 from blocklib.formats.qcow2.check_stored import read_bytes, read_entries
 from blocklib.policy import Limits
 from blocklib.reports import Finding
@@ -31,7 +37,9 @@ class BitmapScan:
         self.broken: set[int] = set()
         """Indices of `entries` whose table or data cannot be."""
         self.unreadable = False
-        """There are bitmaps, but no directory of them."""
+        """There are bitmaps, but no directory of them that can be used."""
+        self.sound: list[DirectoryEntry] = []
+        """The entries of one that cannot, as far as each of them could."""
         self.n_findings = 0
         self._budget = scan.file_size
         """Bytes of tables that are read: those of honest bitmaps lie side by side in the file."""
@@ -52,12 +60,20 @@ class BitmapScan:
                 self.broken.add(index)
         self.n_findings = scan.findings.totals["corruption"] - before
 
+    @property
+    def unbroken(self) -> list[DirectoryEntry]:
+        return [entry for index, entry in enumerate(self.entries) if index not in self.broken]
+
     def _load(self, data: bytes) -> None:
         scan = self._scan
         extension = parse_extension(data, scan.geometry, Limits())
         self.extension = extension
         directory = read_bytes(scan.file, extension.directory_offset, extension.directory_length)
-        self.entries = parse_directory(directory.data, extension, scan.geometry, size=scan.header.size)
+        try:
+            self.entries = parse_directory(directory.data, extension, scan.geometry, size=scan.header.size)
+        except ImageError:
+            self.sound = sound_entries(directory.data, extension, scan.geometry, size=scan.header.size)
+            raise
         structure = "bitmap directory"
         scan.count_region(structure, extension.directory_offset, extension.directory_length, role=structure)
 

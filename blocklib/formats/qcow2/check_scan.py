@@ -8,6 +8,7 @@ order of the file; its findings then count as often as tables lead to it.  What 
 from __future__ import annotations
 
 import struct
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,7 +30,7 @@ from blocklib.formats.qcow2.check_stored import ImageFile, StoredRefcounts, read
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from blocklib.formats.qcow2.check_findings import Findings, Kind
     from blocklib.formats.qcow2.geometry import Geometry
@@ -106,10 +107,6 @@ class Scan:
         return self.n_clusters + int(self.counts[self.n_clusters] > 0)
 
     @property
-    def is_clean(self) -> bool:
-        return not any(self.findings.totals.values())
-
-    @property
     def counts_suffice(self) -> bool:
         """No cluster in use has too low a count, or one that is not known: nothing can be overwritten by mistake."""
         return not (self.n_too_low or self.findings.totals["check-error"])
@@ -177,9 +174,9 @@ class Scan:
         """Damaged entries point there: a repair that makes the file longer puts nothing in these places."""
         self._beyond.append(np.unique(offsets >> np.uint64(self.geometry.cluster_bits)))
 
-    @property
+    @cached_property
     def clusters_beyond(self) -> U64Array:
-        """Host clusters past the end of the file that entries point at, ascending."""
+        """Host clusters past the end of the file that entries point at, ascending; all are known when the scan is made."""
         return np.unique(np.concatenate(self._beyond)) if self._beyond else np.empty(0, dtype=np.uint64)
 
     # -- L1 tables ----------------------------------------------------------------------------------------------------
@@ -366,10 +363,14 @@ class Scan:
         usable[usable] = ~np.isin(clusters.astype(np.intp), self.shared)
         return usable
 
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """All clusters, some at a time: an array with an element for each is large where a sparse file claims to be."""
+        for start in range(0, self.end, _SLICE):
+            yield start, min(start + _SLICE, self.end)
+
     def _compare(self) -> None:
         """Stored counts against references, cluster by cluster."""
-        for start in range(0, self.end, _SLICE):
-            stop = min(start + _SLICE, self.end)
+        for start, stop in self.slices():
             stored = self.stored.counts[start:stop]
             counts = np.minimum(self.counts[start:stop], self.most)
             known = self._known(start, stop)

@@ -339,7 +339,7 @@ def make_area(options: Mapping[str, Any]) -> NewArea | None:
 def seconds_for(options: Mapping[str, Any]) -> float:
     """How long opening a new key slot shall take."""
     milliseconds: int | None = options.get("encrypt.iter-time")
-    return (_DEFAULT_MILLISECONDS if milliseconds is None else milliseconds) / 1000
+    return (milliseconds or _DEFAULT_MILLISECONDS) / 1000
 
 
 def _luks_for(options: Mapping[str, Any]) -> luks.LuksHeader:

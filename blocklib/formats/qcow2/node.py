@@ -43,6 +43,7 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.extents import RunTable
     from blocklib.formats.qcow2.encryption import Encryption, Locked
+    from blocklib.formats.qcow2.header_write import HeaderWrite
     from blocklib.graph import Edge
     from blocklib.node import Compressor
     from blocklib.reports import CheckReport, RepairReport
@@ -248,23 +249,10 @@ class Qcow2Node(SnapshotNode):
         if self.read_only:
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
-            self._repair_after_crash()
+            from blocklib.formats.qcow2.repair import repair_after_crash
+
+            repair_after_crash(self)
         autoclear.clear_what_is_not_kept_up(self)
-
-    def _repair_after_crash(self) -> None:
-        from blocklib.formats.qcow2.repair import repair_image
-
-        repair_image(self.file, self.header, self.geometry, "all", filename=self.filename or self.name)
-        self.load()
-        if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
-            raise ImageCorruptError(
-                f"{self.filename}: the image was not closed properly and could not be repaired",
-                structure="header field incompatible_features",
-                host_offset=layout.FIELD_OFFSETS["incompatible_features"],
-                expected="no dirty bit",
-                found="the dirty bit after a repair",
-                node=self.filename,
-            )
 
     def close(self) -> None:
         try:
@@ -601,11 +589,15 @@ class Qcow2Node(SnapshotNode):
         super().check_usable()
         refuse_corrupt(self)
 
-    def rewrite_header(self) -> None:
-        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
+    def plan_header(self, header: Header) -> HeaderWrite:
+        """How `header` would replace the one in the file.  Raises UsageError where it does not fit."""
         on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
         self.file.read(0, memoryview(on_disk))
-        change = plan_rewrite(self.header, bytes(on_disk))
+        return plan_rewrite(header, bytes(on_disk))
+
+    def rewrite_header(self) -> None:
+        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
+        change = self.plan_header(self.header)
         for host_offset, data in change.rest:
             self.file.write(host_offset, (data,))
         if change.rest:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from blocklib.errors import StalePlanError
+from blocklib.errors import ImageCorruptError, StalePlanError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check import MAX_FINDINGS, report_of, scan_image
 from blocklib.reports import RepairReport, RepairStep
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from blocklib.formats.qcow2.check_scan import Scan
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
+    from blocklib.formats.qcow2.node import Qcow2Node
     from blocklib.formats.qcow2.repair_draft import Draft
 
 What: TypeAlias = Literal["leaks", "all"]
@@ -78,6 +79,21 @@ def repair_image(
     return RepairReport(plan.steps, before, after)
 
 
+def repair_after_crash(node: Qcow2Node) -> None:
+    """Repair an image that was not closed properly, and load it anew.  Raises ImageCorruptError where that does not do."""
+    repair_image(node.file, node.header, node.geometry, "all", filename=node.filename or node.name)
+    node.load()
+    if node.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
+        raise ImageCorruptError(
+            f"{node.filename}: the image was not closed properly and could not be repaired",
+            structure="header field incompatible_features",
+            host_offset=layout.FIELD_OFFSETS["incompatible_features"],
+            expected="no dirty bit",
+            found="the dirty bit after a repair",
+            node=node.filename,
+        )
+
+
 class _Plan:
     """A repair on a draft: its steps, the checks before and after it, and what has to be written."""
 
@@ -128,6 +144,8 @@ class _Plan:
             snapshots = SnapshotRepair(draft, scan)
             steps += snapshots.apply()
             removed = list(remove_broken_bitmaps(draft, scan))
+            if removed and scan.bitmaps.sound:  # whose tables nobody has looked at yet
+                removed += remove_broken_bitmaps(draft, self._scan())
             fixer = TableFixer(draft, scan)
             steps += removed
             if scan.walk.zeroes_unaligned:

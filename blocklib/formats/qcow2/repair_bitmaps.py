@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 
 
 def remove_broken_bitmaps(draft: Draft, scan: Scan) -> Iterator[RepairStep]:
-    """Keep the bitmaps that can be read: the others leave the directory, or all go where there is no directory."""
+    """Keep the bitmaps that can be read: the others leave the directory, or all go where it has no sound entries."""
     bitmaps, header = scan.bitmaps, draft.header
-    kept = [entry for index, entry in enumerate(bitmaps.entries) if index not in bitmaps.broken]
-    if bitmaps.unreadable or (bitmaps.broken and not kept):
+    if not bitmaps.unreadable and not bitmaps.broken:
+        return
+    kept = bitmaps.sound if bitmaps.unreadable else bitmaps.unbroken
+    if not kept or bitmaps.extension is None:
         yield _remove_extension(draft, "bitmaps that cannot be read")
         header.autoclear_features &= ~layout.AUTOCLEAR_BITMAPS
-    elif bitmaps.broken and bitmaps.extension is not None:
-        directory = pack_directory(kept)
-        draft.moved += scan.clusters_of("bitmap directory")
-        offset = draft.put(scan, directory)
-        before = f"{len(bitmaps.entries)} bitmaps, {len(bitmaps.broken)} of them cannot be read"
-        extension = replace(bitmaps.extension, n_bitmaps=len(kept), directory_length=len(directory), directory_offset=offset)
-        header.set_extension(layout.EXTENSION_BITMAPS, pack_extension(extension))
-        yield RepairStep("remove bitmaps", "bitmap directory", offset, before, f"{len(kept)} bitmaps")
+        return
+    directory = pack_directory(kept)
+    draft.moved += scan.clusters_of("bitmap directory")
+    offset = draft.put(scan, directory)
+    n_bitmaps = bitmaps.extension.n_bitmaps
+    before = f"{n_bitmaps} bitmaps, {n_bitmaps - len(kept)} of them cannot be read"
+    extension = replace(bitmaps.extension, n_bitmaps=len(kept), directory_length=len(directory), directory_offset=offset)
+    header.set_extension(layout.EXTENSION_BITMAPS, pack_extension(extension))
+    yield RepairStep("remove bitmaps", "bitmap directory", offset, before, f"{len(kept)} bitmaps")
 
 
 def clear_autoclear(draft: Draft) -> Iterator[RepairStep]:

@@ -35,10 +35,7 @@ class CountRepair:
         self.n_raised = self.n_lowered = 0
         self.n_table_fixes = 0
         """Findings about the refcount table and its entries that are gone with it."""
-        counts, stored = np.minimum(scan.counts[: scan.end], scan.most), scan.stored.counts[: scan.end]
-        self._low = np.flatnonzero((counts > stored) & scan.known(0, scan.end))
-        self._high = np.flatnonzero((counts < stored) & scan.known(0, scan.end))
-        self._counts = counts
+        self._low, self._high = _differing(scan)
         self._raises = raises
 
     def apply(self) -> Iterator[RepairStep]:
@@ -89,9 +86,9 @@ class CountRepair:
                 f"refcount block {block}",
                 offset,
                 describe(part, scan.stored.counts[part]),
-                describe(part, self._counts[part]),
+                describe(part, due := np.minimum(scan.counts[part], scan.most)),
             )
-            self._write(phase, offset, part - (block << geometry.refcount_block_bits), self._counts[part])
+            self._write(phase, offset, part - (block << geometry.refcount_block_bits), due)
 
     def _write(self, phase: int, offset: int, places: IndexArray, values: CountArray) -> None:
         geometry = self._scan.geometry
@@ -103,6 +100,17 @@ class CountRepair:
         width = geometry.refcount_bits
         first, stop = int(places[0]) * width // 8, -(-(int(places[-1]) + 1) * width // 8)
         self._draft.write(phase, offset + first, packed[first:stop])
+
+
+def _differing(scan: Scan) -> tuple[IndexArray, IndexArray]:
+    """The clusters that are counted too low, and those too high."""
+    low, high = [], []
+    for start, stop in scan.slices():
+        counts, stored = np.minimum(scan.counts[start:stop], scan.most), scan.stored.counts[start:stop]
+        known = scan.known(start, stop)
+        low.append(np.flatnonzero((counts > stored) & known) + start)
+        high.append(np.flatnonzero((counts < stored) & known) + start)
+    return np.concatenate(low), np.concatenate(high)
 
 
 class _Rebuild:
@@ -120,8 +128,12 @@ class _Rebuild:
 
     def _used_blocks(self, scan: Scan) -> set[int]:
         """Refcount blocks with a count that is not zero, the old refcount structures left out."""
-        clusters = np.flatnonzero(scan.counts[: scan.end] != scan.refcount_references(scan.end))
-        return set(np.unique(clusters >> self._bits).tolist())
+        references = scan.refcount_references(scan.end)
+        blocks: set[int] = set()
+        for start, stop in scan.slices():
+            clusters = np.flatnonzero(scan.counts[start:stop] != references[start:stop]) + start
+            blocks.update(np.unique(clusters >> self._bits).tolist())
+        return blocks
 
     def _place(self) -> None:
         """Where table and blocks go; they count themselves, which may take more blocks."""
@@ -145,18 +157,19 @@ class _Rebuild:
         draft.write(NEW, (self.end << bits) - 1, b"\0")
         if scan.clusters_beyond.size and int(scan.clusters_beyond[0]) < self.end:
             scan = self._rescan()
-        counts = np.zeros(self.end, dtype=scan.counts.dtype)
         end = min(scan.end, self.end)
-        counts[:end] = np.minimum(scan.counts[:end] - scan.refcount_references(end), scan.most)
-        counts[self.start : self.end] = 1
+        references = scan.refcount_references(end)
         table = np.zeros(self._table_clusters << (bits - 3), dtype=np.uint64)
         per_block = geometry.refcount_block_entries
         for number, block in enumerate(sorted(self._blocks)):
             offset = (self.start + self._table_clusters + number) << bits
             table[block] = offset
             values = np.zeros(per_block, dtype=count_type(geometry.refcount_order))
-            part = counts[block * per_block : (block + 1) * per_block]
-            values[: part.size] = part.astype(values.dtype)
+            first = block * per_block
+            part = slice(first, min(first + per_block, end))
+            counts = np.minimum(scan.counts[part] - references[part], scan.most)
+            values[: counts.size] = counts.astype(values.dtype)
+            values[max(0, self.start - first) : max(0, self.end - first)] = 1
             draft.write(NEW, offset, pack_refcounts(values, geometry.refcount_order))
         draft.write(NEW, self.start << bits, table.astype(">u8").tobytes())
         draft.header.refcount_table_offset = self.start << bits

@@ -100,7 +100,7 @@ class Draft:
         start = max(scan.end, self.geometry.clusters_for(self.size))
         avoided = scan.clusters_beyond
         avoided = avoided[np.searchsorted(avoided, np.uint64(start)) :]
-        for cluster in avoided.tolist():
+        for cluster in map(int, avoided):  # seldom far
             if cluster >= start + n_clusters:
                 break
             start = cluster + 1

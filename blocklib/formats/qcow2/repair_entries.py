@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check_counts import BoolArray, U64Array, reads_as_zero
 from blocklib.formats.qcow2.check_l2 import read_l2_tables, split_entries
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from blocklib.formats.qcow2.repair_draft import Draft
 
 _BATCH_BYTES: Final = 2 << 20
+_MAX_MOVED_BYTES: Final = 256 << 20
 
 
 class TableFixer:
@@ -63,12 +65,24 @@ class TableFixer:
             for place in np.flatnonzero(chosen).tolist():
                 old = int(offsets[place])
                 if old not in places:
+                    self._refuse_many(len(places) + 1)
                     places[old] = draft.put(scan, read_bytes(draft, old, scan.geometry.cluster_size).tobytes())
                 fixed[place] = np.uint64(int(entries[place]) ^ old ^ places[old])
             return fixed
 
         action, before = "move data off metadata", "clusters of guest data lie on metadata"
         yield from self._fix_l2_tables(scan.walk.all_tables, fix, action, before, "clusters of their own")
+
+    def _refuse_many(self, n_clusters: int) -> None:
+        """Raises ImageLimitError for more moved clusters than any accident leaves: a draft holds them in memory."""
+        length = n_clusters << self._scan.geometry.cluster_bits
+        if length > _MAX_MOVED_BYTES:
+            raise ImageLimitError(
+                "too much guest data lies on metadata for a repair to move it",
+                structure="host clusters",
+                expected=f"at most {_MAX_MOVED_BYTES} bytes",
+                found=f"at least {length} bytes",
+            )
 
     def correct_flags(self) -> Iterator[RepairStep]:
         """Make the copied flags of the active tables agree with the counts that the draft has by now."""

@@ -1,5 +1,7 @@
 """Repairing the snapshot table: entries that are incomplete, too long or nothing but zeroes.
 
+A length of extra data that cannot be would cost an entry its names, and hide all entries behind it: it is guessed anew.
+
 Source: section "Snapshots" of ``docs/interop/qcow2.rst``; which entries count as damaged is ``qemu-img check``'s judgement.
 """
 
@@ -41,7 +43,9 @@ class SnapshotRepair:
                 self.n_fixed += header.nb_snapshots - index
                 break
             head = bytearray(read_bytes(self._draft, position, _ENTRY.size))
-            _, _, id_length, name_length, *_, vm_state_size, extra_length = _ENTRY.unpack(head)
+            _, _, id_length, name_length, *_, vm_state_size, stated = _ENTRY.unpack(head)
+            is_last = index + 1 == header.nb_snapshots
+            extra_length = self._likely_extra_length(position, id_length + name_length, stated, is_last=is_last)
             names = read_bytes(self._draft, position + _ENTRY.size + extra_length, id_length + name_length).tobytes()
             kept = min(extra_length, layout.MAX_SNAPSHOT_EXTRA_BYTES)
             extra = read_bytes(self._draft, position + _ENTRY.size, kept).tobytes()
@@ -50,7 +54,7 @@ class SnapshotRepair:
             if not any(head):
                 self.n_fixed += 1
                 continue
-            if kept < extra_length:
+            if kept < stated:
                 self.n_fixed += 1
                 extra = extra[: layout.SNAPSHOT_EXTRA_LENGTH]
             if header.version >= layout.VERSION_3 and len(extra) < layout.SNAPSHOT_V3_EXTRA_LENGTH:
@@ -60,6 +64,28 @@ class SnapshotRepair:
             head[layout.SNAPSHOT_ENTRY_LENGTH - 4 :] = len(extra).to_bytes(4, "big")
             entry = bytes(head) + extra + names
             self._entries.append(entry.ljust(-(-len(entry) // layout.SNAPSHOT_ALIGNMENT) * layout.SNAPSHOT_ALIGNMENT, b"\0"))
+
+    def _likely_extra_length(self, position: int, names_length: int, stated: int, *, is_last: bool) -> int:
+        """The length of the extra data of the entry at `position`, if what it states cannot be: one with which the entry ends
+        in its names and the next one begins; or else what it states."""
+        if stated <= layout.MAX_SNAPSHOT_EXTRA_BYTES:
+            return stated
+        for length in (layout.SNAPSHOT_EXTRA_LENGTH, layout.SNAPSHOT_V3_EXTRA_LENGTH, 0):
+            end = _ENTRY.size + length + names_length
+            padded = -(-end // layout.SNAPSHOT_ALIGNMENT) * layout.SNAPSHOT_ALIGNMENT
+            entry = read_bytes(self._draft, position, padded).tobytes()
+            if 0 in entry[end - names_length : end] or any(entry[end:]):
+                continue
+            if is_last or self._may_begin_at(position + padded):
+                return length
+        return stated
+
+    def _may_begin_at(self, position: int) -> bool:
+        head = read_bytes(self._draft, position, _ENTRY.size)
+        l1_offset, l1_size, id_length, *_, extra_length = _ENTRY.unpack(head.data)
+        is_inside = 0 < l1_offset <= self._draft.size - l1_size * layout.TABLE_ENTRY_LENGTH
+        is_aligned = not l1_offset & self._draft.geometry.cluster_mask
+        return bool(is_inside and is_aligned and id_length and extra_length <= layout.MAX_SNAPSHOT_EXTRA_BYTES)
 
     def apply(self) -> Iterator[RepairStep]:
         """Put the table into the draft if it differs from the one there is."""

@@ -21,6 +21,9 @@ _DEFAULT_CLEAN_INTERVAL: Final = 600
 _LEAST_REFCOUNT_BLOCKS: Final = 4
 """What the refcount cache keeps when the L2 cache takes what it can of ``cache-size``."""
 
+VERSION_3_OPTIONS: Final = ("lazy-refcounts", "discard-no-unref")
+"""What only an image of version 3 can be opened with."""
+
 
 class Settings(NamedTuple):
     """Bytes of one entry of the L2 cache, of the whole L2 cache, and of the refcount cache; whether counts may wait;
@@ -37,7 +40,7 @@ def settings_for(options: Mapping[str, Any], header: Header, *, node: str | None
     """What checked `options` mean for an image.  Raises OptionError where they contradict it or each other."""
     cluster_size = header.geometry().cluster_size
     if header.version == layout.VERSION_2:
-        for name in ("lazy-refcounts", "discard-no-unref"):
+        for name in VERSION_3_OPTIONS:
             if options.get(name):
                 raise _bad(name, f"{name} needs an image of version 3 (compat=1.1)", node)
     slice_length = options.get("l2-cache-entry-size")

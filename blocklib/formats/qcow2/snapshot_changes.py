@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -75,8 +75,10 @@ def create(
     return entry
 
 
-def apply(node: Qcow2Node, index: int) -> None:
+def apply(node: Qcow2Node, index: int, begin: Callable[[], None] | None = None) -> None:
     """Bring the disk back to what a snapshot holds, its size and VM state included; what it holds now is lost.
+
+    `begin` is called before the first write, once the tables and counts are known to allow the change.
 
     Raises ImageCorruptError, with the image unchanged, for a snapshot whose tables make no sense.
     """
@@ -92,6 +94,8 @@ def apply(node: Qcow2Node, index: int) -> None:
         lost.add_run(*node.active_l1_clusters())
         change.check(gained, new_l1)
         change.check(lost, array("Q"))
+        if begin is not None:
+            begin()
         clear = array("Q", [item & ~layout.FLAG_COPIED for item in new_l1])
         offset = change.place(table_to_bytes(clear))
         # Counts that are too high leak, no more: the dirty bit can wait for the switch.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from blocklib.errors import UsageError
@@ -77,8 +76,11 @@ class SnapshotNode(Node):
         from blocklib.formats.qcow2 import snapshot_changes
 
         index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
-        with self.bitmaps.replacing(self.snapshots[index].disk_size) if self.bitmaps is not None else nullcontext():
+        if self.bitmaps is None:
             snapshot_changes.apply(self._image, index)
+            return
+        with self.bitmaps.replacing(self.snapshots[index].disk_size) as begin:
+            snapshot_changes.apply(self._image, index, begin)
 
     def delete_snapshot(self, id: str, name: str) -> None:
         from blocklib.formats.qcow2 import snapshot_changes
