@@ -254,7 +254,7 @@ class Disk:
             raise OutOfRangeError(f"a size of {size} bytes")
         if preallocation not in get_args(Preallocation):
             raise UsageError(f"preallocation is one of {', '.join(get_args(Preallocation))}, not {preallocation!r}")
-        with graph.drained(self.node), self.node.resizing:
+        with graph.alone(self.node):
             node = self._checked_for_write(0, 0)
             if size < node.size and not shrink:
                 raise UsageError(f"{size} bytes is less than the {node.size} there are: shrinking needs shrink=True")
@@ -328,7 +328,7 @@ class Disk:
         if self._tracker.flags & FORKED:  # nothing here is ours to touch
             self._root = None
             return
-        with graph.drained(root.node), root.node.resizing, graph.lock:
+        with graph.alone(root.node), graph.lock:
             if self._root is not root:  # another thread has closed it meanwhile
                 return
             self._tracker.refuse(CLOSED)

@@ -382,6 +382,13 @@ def drained(*nodes: Node) -> Iterator[None]:
             tracker.undrain()
 
 
+@contextmanager
+def alone(node: Node) -> Iterator[None]:
+    """As `drained`, and no other thread is alone with the node: two may have drained it at once."""
+    with drained(node), node.changing:
+        yield
+
+
 def backing_of(node: Node) -> Node | None:
     """The node below in the backing chain, filters passed through."""
     edge = node.children.get("backing")

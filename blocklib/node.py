@@ -145,8 +145,9 @@ class Node:
         self.discard_passes = False
         self.tracker: RequestTracker | None = None
         self.write_ranges = RangeLock()
-        self.resizing = threading.Lock()
-        """Held by who changes the size: drains nest, so that two threads may have drained the node."""
+        self.changing = threading.Lock()
+        """Held by who changes the whole image - its size, who owns its clusters, its header - or must find it at rest: drains
+        nest, so that two threads may have drained the node.  Taken by `graph.alone`."""
         self.poisoned: str | None = None
         self.bitmaps: Tracking | None = None
         """Dirty bitmaps: None while there are none that a write could concern."""
@@ -423,7 +424,7 @@ class Node:
         return ()
 
     def create_snapshot(self, name: str) -> SnapshotInfo:
-        """Keep the present state inside the image.  The caller has drained the node, here and below, and holds `resizing`.
+        """Keep the present state inside the image.  The caller is alone (`graph.alone`), here and below.
 
         Raises UsageError, ImageError with nothing changed.
         """
@@ -452,7 +453,7 @@ class Node:
         raise self._no_vm_state("read")
 
     def write_vm_state(self, offset: int, data: memoryview) -> None:
-        """Keep `data` there.  The caller has drained the node and holds `resizing`.  Raises StorageError (ENOTSUP)."""
+        """Keep `data` there.  The caller is alone (`graph.alone`).  Raises StorageError (ENOTSUP)."""
         raise self._no_vm_state("write")
 
     def _no_vm_state(self, operation: str) -> StorageError:

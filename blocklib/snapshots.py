@@ -164,11 +164,11 @@ def _check_range(offset: int, length: int) -> None:
 
 @contextmanager
 def _changeable(disk: Disk) -> Iterator[Node]:
-    """The top node of a disk, drained, with its size ours to change."""
+    """The top node of a disk, ours alone to change."""
     node = disk.node
     if disk.mode != "r+":
         raise ReadOnlyError(f"{node.filename or node.name}: opened for reading; mode 'r+' writes", node=node.name)
-    with graph.drained(node), node.resizing:
+    with graph.alone(node):
         if disk.node is not node:  # an overlay came on top while we waited
             raise UsageError(f"{node.filename or node.name}: no longer the top image of the disk", node=node.name)
         yield node

@@ -109,7 +109,7 @@ class RawNode(Node):
         """The file grows with the write.  Raises StorageError where a window of fixed size, or a device, ends before."""
         if self._window is not None or self._file.node.is_device:
             super().grow_to(end)
-        with self.resizing:
+        with self.changing:
             self.size = max(self.size, -(-end // _SECTOR) * _SECTOR)
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:

@@ -66,12 +66,12 @@ class _Amend(Task[ImageInfo]):
         with self._opened() as disk:
             node = disk.node
             typed = check_options(node.driver, self.options, table="amend")
-            with graph.drained(node):
+            with graph.alone(node):
                 node.check_amend(typed, force=self.force)
             size = typed.get("size")
             if size and size != disk.size:
                 disk.truncate(size, shrink=True)
-            with graph.drained(node):
+            with graph.alone(node):
                 node.amend(typed, force=self.force, progress=_progress(control))
             return disk.info()
 

@@ -104,7 +104,7 @@ def _at_rest(
     node = target.node
     if mode == "r+" and node.read_only:
         raise ReadOnlyError(f"{node.filename or node.name}: opened for reading; mode 'r+' repairs", node=node.name)
-    with graph.drained(node):
+    with graph.alone(node):
         node.flush()
         yield node
 

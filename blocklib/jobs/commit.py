@@ -71,14 +71,14 @@ class _Commit(Task[CommitResult]):
             with _writable(top, node) as edge:
                 old_size = node.size
                 if old_size < top.size:
-                    with graph.drained(top.node, node):
+                    with graph.drained(top.node), graph.alone(node):
                         edge.truncate(top.size)
                 copy = BlockCopy(control, top, _Writer(edge))
                 runs = runs_above(top, 0, top.size, base, absent=SKIP, absent_zero=COMPARE)
                 copy.run(coalesced(_zeroed_below(runs, old_size)))
                 edge.flush()
                 if self.empty:
-                    with graph.drained(top.node):
+                    with graph.alone(top.node):
                         top.node.make_empty()
         return CommitResult(bytes_copied=copy.bytes_written, base=base.filename)
 

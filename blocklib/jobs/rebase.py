@@ -88,7 +88,7 @@ class _Rebase(Task[RebaseResult]):
                 control.set_total(top.size)
                 copied = _copy_differences(control, top, new)
                 top.flush()
-            with graph.drained(node), graph.Transaction() as change:
+            with graph.alone(node), graph.Transaction() as change:
                 if isinstance(self.target, Disk) and not self.unsafe:
                     _exchange_backing(change, node, new)
                 node.change_backing(self.backing, self.backing_format)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import blocklib
 from blocklib.disk import Disk
 from blocklib.errors import ImageCorruptError, PoisonedError, StorageError, UsageError
 from blocklib.formats.qcow2.node import Qcow2Node
@@ -160,6 +161,36 @@ def test_of_two_threads_that_resize_a_disk_the_second_sees_what_the_first_did() 
     disk.close()
 
 
+@pytest.mark.parametrize("verb", ["amend", "repair", "rebase"])
+def test_a_snapshot_waits_for_who_changes_the_whole_image(verb: str) -> None:
+    host, disk, node = made(cluster_size=4096)
+    disk.write(0, b"x" * 4096)
+    disk.flush()
+    if verb == "repair":
+        first, _n = node.retry(lambda: node.refcounts.allocate(1))  # a leak, inside the file
+        node.file.write(first * 4096, (bytes(4096),))
+    held = []
+    thread = threading.Thread(target=lambda: disk.snapshots.create("s"))
+
+    def begin() -> None:
+        held.append(node.changing.locked())
+        thread.start()
+
+    host.before_barrier = once(begin)
+    if verb == "amend":
+        blocklib.amend(disk, {"refcount_bits": 32})
+    elif verb == "repair":
+        blocklib.repair(disk, "leaks")
+    else:
+        blocklib.rebase(disk, None, unsafe=True)
+    thread.join()
+    assert held == [True]
+    assert [snapshot.name for snapshot in disk.snapshots] == ["s"]
+    disk.close()
+    with reopened(host) as again:
+        assert again.node.check().clean
+
+
 def test_several_threads_may_close_a_disk() -> None:
     _host, disk, _node = made()
     failures: list[BaseException] = []
@@ -295,6 +326,67 @@ def test_a_change_that_was_interrupted_poisons_the_image(
         disk.close()
     with reopened(host) as again:
         assert again.read(0, 512) == b"x" * 512
+
+
+class InterruptedOnTheWayOut:
+    """A lock whose holder is interrupted when it has just let go of it, once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending = True
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+
+def test_a_flush_that_is_interrupted_with_what_it_took_in_its_hands_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, disk, node = made()
+    disk.write(0, b"x" * 512)
+    disk.flush()
+    disk.write(512 * KiB, b"y")
+    monkeypatch.setattr(node.writeback, "reserving", InterruptedOnTheWayOut())
+    with pytest.raises(KeyboardInterrupt):
+        disk.flush()
+    disk.close()  # writes it
+    with reopened(host) as again:
+        assert again.read(512 * KiB, 1) == b"y"
+        assert again.node.check().clean
+
+
+def test_a_table_whose_loading_was_interrupted_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, disk, _node = made()
+    disk.write(0, b"x" * 512)
+    disk.close()
+    with reopened(host) as again:
+        assert isinstance(again.node, Qcow2Node)
+        monkeypatch.setattr(again.node.mapping.cache, "_loading_lock", InterruptedOnTheWayOut())
+        with pytest.raises(KeyboardInterrupt):
+            again.read(0, 1)
+        in_thread(lambda: again.read(0, 1))
+        assert again.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_write_that_was_interrupted_while_its_tables_got_their_space_makes_nobody_wait(error: type[BaseException]) -> None:
+    host, disk, _node = made(cluster_size=4096)
+
+    def interrupt() -> None:
+        raise error
+
+    host.before_write = once(interrupt)
+    with pytest.raises(error):
+        disk.write(0, b"x")
+    in_thread(lambda: disk.write(0, b"y"))
+    disk.close()
+    with reopened(host) as again:
+        assert again.read(0, 1) == b"y"
+        assert again.node.check().clean
 
 
 # Growing over a backing file ------------------------------------------------------------------------------------------

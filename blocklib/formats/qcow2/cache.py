@@ -98,28 +98,31 @@ class TableCache:
         Raises ImageCorruptError for a table outside the file, StorageError.
         """
         while True:
-            with self._loading_lock:
-                event = self._loading.get(host_offset)
-                if event is None:
-                    event = self._loading[host_offset] = threading.Event()
-                    break
+            mine = threading.Event()
+            try:
+                with self._loading_lock:
+                    event = self._loading.setdefault(host_offset, mine)
+                if event is mine:
+                    return self._read(host_offset, lock)
+            finally:
+                with self._loading_lock:
+                    if self._loading.get(host_offset) is mine:
+                        del self._loading[host_offset]
+                mine.set()
             event.wait()
             table = self.peek(host_offset)
             if table is not None:
                 return table
-        try:
-            self.check_inside_file(host_offset)
-            read = read_table(self._file, self.typecode, host_offset, self.length)
-            with lock:
-                table = self.peek(host_offset)  # the place may have been given to a new table meanwhile
-                if table is None:
-                    self.insert(host_offset, read)
-                    table = read
-                return table
-        finally:
-            with self._loading_lock:
-                del self._loading[host_offset]
-            event.set()
+
+    def _read(self, host_offset: int, lock: threading.Lock) -> Table:
+        self.check_inside_file(host_offset)
+        read = read_table(self._file, self.typecode, host_offset, self.length)
+        with lock:
+            table = self.peek(host_offset)  # the place may have been given to a new table meanwhile
+            if table is None:
+                self.insert(host_offset, read)
+                table = read
+            return table
 
     def check_inside_file(self, host_offset: int) -> None:
         """Raises ImageCorruptError for a table that begins past the end of the file and is not cached.

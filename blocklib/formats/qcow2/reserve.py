@@ -29,13 +29,14 @@ def back_tables(node: Qcow2Node, offset: int, ticket: WriteTicket | None, *, len
             for place in _without_space(node):
                 node.file.write(place, (zeroes(node.geometry.cluster_size),))
                 node.refcounts.unbacked.discard(place)
-    except StorageError:
-        if ticket is not None:
+    except BaseException as error:
+        if ticket is not None:  # whatever it was: nobody else will give it back
             ticket.abort()
-        shift = node.geometry.l1_shift
-        for l1_index in range(offset >> shift, ((offset + length - 1) >> shift) + 1):
-            node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
-        node.retry(lambda: _forget_blocks(node))
+        if isinstance(error, StorageError):
+            shift = node.geometry.l1_shift
+            for l1_index in range(offset >> shift, ((offset + length - 1) >> shift) + 1):
+                node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
+            node.retry(lambda: _forget_blocks(node))
         raise
 
 

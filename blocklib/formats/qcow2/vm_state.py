@@ -48,7 +48,7 @@ def _read(node: Qcow2Node, position: int, view: memoryview) -> None:
 
 
 def write(node: Qcow2Node, offset: int, data: memoryview) -> None:
-    """Write `data` at `offset` of the VM state; the caller has drained the node and holds `resizing`.
+    """Write `data` at `offset` of the VM state; the caller is alone (`graph.alone`).
 
     Raises ImageLimitError where the L1 table would grow too large, UnsupportedFeatureError with a data file.
     """

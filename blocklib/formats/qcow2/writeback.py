@@ -171,14 +171,18 @@ class WriteBack:
         self._begun += 1
         node.guard.refresh()
         failure = self._free_waiting()
-        with self.reserving:
-            batch = node.retry(self._take)
+        batch: _Batch | None = None
         try:
+            with self.reserving:
+                batch = node.retry(self._take)
             self._refuse_overlaps(batch)
             self._write(batch)
-        except BaseException:
-            with node.lock:
-                self._put_back(batch)
+        except BaseException as error:
+            if batch is not None:
+                taken = batch
+                node.retry(lambda: self._put_back(taken), marks=False)
+            elif not isinstance(error, BlocklibError):
+                node.poison("a flush was interrupted when it had begun")  # what it took is lost
             raise
         with node.lock:
             node.refcounts.cache.written(batch.blocks)
