@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check import check_image
+from blocklib.formats.qcow2.check.image import check_image
 from blocklib.formats.qcow2.header import Header, header_span, parse_header
-from blocklib.formats.qcow2.repair import repair_image
+from blocklib.formats.qcow2.repair.image import repair_image
 from blocklib.policy import Limits
 from blocklib.reports import CheckReport, RepairReport
 from tests.programs import Argument, Program

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import blocklib as library
-from blocklib.formats.qcow2.snapshots import Snapshot, extra_data, table_bytes
+from blocklib.formats.qcow2.snapshots.table import Snapshot, extra_data, table_bytes
 from tests.cli.running import CommandLine
 from tests.crash.recording import RecordingNode
 from tests.crash.workload import disk_on

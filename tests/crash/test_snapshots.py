@@ -14,8 +14,8 @@ import pytest
 
 from blocklib.disk import Disk
 from blocklib.errors import StorageError
-from blocklib.formats.qcow2 import tally
 from blocklib.formats.qcow2.node import Qcow2Node
+from blocklib.formats.qcow2.snapshots import tally
 from tests.crash.recording import SECTOR, RecordingNode, crash_sites
 from tests.crash.workload import disk_on, new_image
 from tests.programs import Program

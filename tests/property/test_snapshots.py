@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import blocklib
-from blocklib.formats.qcow2 import tally
+from blocklib.formats.qcow2.snapshots import tally
 from tests.programs import Program
 
 KIB = 1024

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from blocklib.errors import ImageError, ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check import check_image
-from blocklib.formats.qcow2.check_counts import (
+from blocklib.formats.qcow2.check.counts import (
     add_references,
     compressed_ranges,
     count_fragments,
@@ -22,6 +21,7 @@ from blocklib.formats.qcow2.check_counts import (
     pack_refcounts,
     unpack_refcounts,
 )
+from blocklib.formats.qcow2.check.image import check_image
 from blocklib.formats.qcow2.geometry import Geometry
 from blocklib.reports import CheckReport, Finding
 from tests.qcow2_bytes import COMPRESSED, COPIED, Qcow2Bytes
@@ -425,7 +425,7 @@ def test_garbage_ends_in_findings(data: st.DataObject) -> None:
 
 
 def test_a_check_needs_numpy_only_when_it_runs() -> None:
-    code = "import sys, blocklib.formats.qcow2.check, blocklib.formats.qcow2.repair; print('numpy' in sys.modules)"
+    code = "import sys, blocklib.formats.qcow2.check.image, blocklib.formats.qcow2.repair.image; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -14,8 +14,8 @@ import pytest
 import blocklib
 from blocklib.errors import ImageLimitError, StalePlanError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check import check_image
-from blocklib.formats.qcow2.repair import repair_image
+from blocklib.formats.qcow2.check.image import check_image
+from blocklib.formats.qcow2.repair.image import repair_image
 from blocklib.reports import CheckReport, RepairReport
 from tests.qcow2_bytes import COPIED, CORRUPT, DIRTY, Qcow2Bytes
 
@@ -410,7 +410,7 @@ def test_clusters_are_compared_some_at_a_time_with_the_same_result(
 ) -> None:
     whole, sliced = damage(), damage()
     report = repair(whole)
-    monkeypatch.setattr("blocklib.formats.qcow2.check_scan._SLICE", 3)
+    monkeypatch.setattr("blocklib.formats.qcow2.check.scan._SLICE", 3)
     in_slices = repair(sliced)
     assert in_slices.steps == report.steps
     assert sliced.bytes == whole.bytes
@@ -434,7 +434,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 def test_guest_data_on_more_metadata_than_memory_should_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Qcow2Bytes()
     image.set_entry(image.l2_entry(0), image.l1 | COPIED)
-    monkeypatch.setattr("blocklib.formats.qcow2.repair_entries._MAX_MOVED_BYTES", image.cluster_size - 1)
+    monkeypatch.setattr("blocklib.formats.qcow2.repair.entries._MAX_MOVED_BYTES", image.cluster_size - 1)
     with pytest.raises(ImageLimitError, match="too much guest data"):
         repair(image)
     assert image.log == []

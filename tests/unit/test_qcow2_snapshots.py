@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 import blocklib
 from blocklib.disk import Disk
 from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, NameNotFoundError, UsageError
-from blocklib.formats.qcow2 import layout, snapshots
+from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.header import Header, parse_header
 from blocklib.formats.qcow2.node import Qcow2Node
-from blocklib.formats.qcow2.snapshots import Snapshot, extra_data, find_snapshot, new_id, read_snapshots, table_bytes
-from blocklib.formats.qcow2.tally import Tally
-from blocklib.formats.qcow2.tally_table import TableTally
+from blocklib.formats.qcow2.snapshots import table as snapshots
+from blocklib.formats.qcow2.snapshots.table import Snapshot, extra_data, find_snapshot, new_id, read_snapshots, table_bytes
+from blocklib.formats.qcow2.snapshots.tally import Tally
+from blocklib.formats.qcow2.snapshots.tally_table import TableTally
 from blocklib.graph import Transaction
 from blocklib.node import CONSISTENT_READ
 from blocklib.policy import Limits
@@ -309,7 +310,7 @@ BROKEN_SNAPSHOT = (
 def test_a_damaged_image_is_refused_and_stays_as_it_is(
     what: str, verb: str, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blocklib.formats.qcow2.tally._SMALL", small)
+    monkeypatch.setattr("blocklib.formats.qcow2.snapshots.tally._SMALL", small)
     host = broken(what)
     before = bytes(host.data)
     # Without checks that would meet the damage earlier and mark the image.

@@ -15,7 +15,7 @@ from blocklib.formats.qcow2 import data_file, key_slots, layout
 from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
 from blocklib.formats.qcow2.header import Header, feature_name_table
 from blocklib.formats.qcow2.settings import VERSION_3_OPTIONS
-from blocklib.formats.qcow2.snapshots import table_bytes
+from blocklib.formats.qcow2.snapshots.table import table_bytes
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node

@@ -23,8 +23,8 @@ from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.settings import settings_for
-from blocklib.formats.qcow2.snapshot_node import SnapshotNode
-from blocklib.formats.qcow2.snapshots import read_snapshots
+from blocklib.formats.qcow2.snapshots.node import SnapshotNode
+from blocklib.formats.qcow2.snapshots.table import read_snapshots
 from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
 from blocklib.node import (
@@ -186,7 +186,7 @@ class Qcow2Node(SnapshotNode):
         index = self.load_named_snapshot()
         if index is None:
             return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
-        from blocklib.formats.qcow2.snapshot_changes import load_l1
+        from blocklib.formats.qcow2.snapshots.changes import load_l1
 
         return load_l1(self, index)
 
@@ -249,7 +249,7 @@ class Qcow2Node(SnapshotNode):
         if self.read_only:
             return
         if self.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
-            from blocklib.formats.qcow2.repair import repair_after_crash
+            from blocklib.formats.qcow2.repair.image import repair_after_crash
 
             repair_after_crash(self)
         autoclear.clear_what_is_not_kept_up(self)
@@ -467,7 +467,7 @@ class Qcow2Node(SnapshotNode):
         return measured_for(options, bitmaps)
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> CheckReport:
-        from blocklib.formats.qcow2.check import check_image
+        from blocklib.formats.qcow2.check.image import check_image
 
         self._bring_all_to_the_file()
         filename = self.filename or self.name
@@ -481,7 +481,7 @@ class Qcow2Node(SnapshotNode):
         expect: RepairReport | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> RepairReport:
-        from blocklib.formats.qcow2.repair import repair_image
+        from blocklib.formats.qcow2.repair.image import repair_image
 
         self._bring_all_to_the_file()
         filename = self.filename or self.name

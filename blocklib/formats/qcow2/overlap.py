@@ -19,7 +19,7 @@ from blocklib.formats.qcow2.tables import Table, numpy_view, read_table
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
-    from blocklib.formats.qcow2.snapshots import Snapshot
+    from blocklib.formats.qcow2.snapshots.table import Snapshot
 
 MAIN_HEADER: Final = 1 << 0
 ACTIVE_L1: Final = 1 << 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import CountArray, pack_refcounts, unpack_refcounts
+from blocklib.formats.qcow2.check.counts import CountArray, pack_refcounts, unpack_refcounts
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry

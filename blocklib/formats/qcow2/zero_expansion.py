@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_l2 import read_l2_tables
+from blocklib.formats.qcow2.check.l2 import read_l2_tables
 from blocklib.formats.qcow2.tables import Table, numpy_view
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def expand_zero_clusters(node: Qcow2Node, progress: Callable[[int, int], object]
 
 def _tables(node: Qcow2Node) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
     """(host offsets, all their entries) of the distinct L2 tables of the disk and its snapshots, a batch at a time."""
-    from blocklib.formats.qcow2.snapshot_changes import load_l1
-    from blocklib.formats.qcow2.tally import l2_offsets
+    from blocklib.formats.qcow2.snapshots.changes import load_l1
+    from blocklib.formats.qcow2.snapshots.tally import l2_offsets
 
     geometry = node.geometry
     l1_tables = [node.mapping.l1, *(load_l1(node, index) for index in range(len(node.snapshots)))]

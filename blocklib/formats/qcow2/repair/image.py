@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from blocklib.errors import ImageCorruptError, StalePlanError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check import MAX_FINDINGS, report_of, scan_image
+from blocklib.formats.qcow2.check.image import MAX_FINDINGS, report_of, scan_image
 from blocklib.reports import RepairReport, RepairStep
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.check_scan import Scan
+    from blocklib.formats.qcow2.check.scan import Scan
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
     from blocklib.formats.qcow2.node import Qcow2Node
-    from blocklib.formats.qcow2.repair_draft import Draft
+    from blocklib.formats.qcow2.repair.draft import Draft
 
 What: TypeAlias = Literal["leaks", "all"]
 
@@ -110,7 +110,7 @@ class _Plan:
         self._geometry = geometry
         self._header = header
         self.before = scan_image(file, header, geometry, max_findings=max_findings, progress=progress)
-        from blocklib.formats.qcow2.repair_draft import Draft
+        from blocklib.formats.qcow2.repair.draft import Draft
 
         self.draft = Draft(file, header, geometry)
         self.corruptions_fixed = self.leaks_fixed = 0
@@ -134,9 +134,9 @@ class _Plan:
 
     def _mend_references(self, everything: bool) -> list[RepairStep]:
         """What changes which clusters are referred to; the counts follow."""
-        from blocklib.formats.qcow2.repair_bitmaps import clear_autoclear, remove_broken_bitmaps
-        from blocklib.formats.qcow2.repair_entries import TableFixer
-        from blocklib.formats.qcow2.repair_snapshots import SnapshotRepair
+        from blocklib.formats.qcow2.repair.bitmaps import clear_autoclear, remove_broken_bitmaps
+        from blocklib.formats.qcow2.repair.entries import TableFixer
+        from blocklib.formats.qcow2.repair.snapshots import SnapshotRepair
 
         draft, scan = self.draft, self.before
         steps: list[RepairStep] = []
@@ -161,8 +161,8 @@ class _Plan:
     def _mend_counts(self, scan: Scan, what: What) -> list[RepairStep]:
         import numpy as np
 
-        from blocklib.formats.qcow2.repair_counts import CountRepair
-        from blocklib.formats.qcow2.repair_entries import TableFixer
+        from blocklib.formats.qcow2.repair.counts import CountRepair
+        from blocklib.formats.qcow2.repair.entries import TableFixer
 
         moved = np.array(self.draft.moved, dtype=np.intp)
         counts = CountRepair(self.draft, scan, self._scan, raises=what == "all", moved=moved)
@@ -192,7 +192,7 @@ class _Plan:
 
 def _write(file: WritableImageFile, header: Header, plan: _Plan) -> None:
     """Bring a plan to the disk, and what it makes of the header into `header`."""
-    from blocklib.formats.qcow2.repair_draft import COUNTS_DOWN, COUNTS_UP, ENTRIES, NEW
+    from blocklib.formats.qcow2.repair.draft import COUNTS_DOWN, COUNTS_UP, ENTRIES, NEW
 
     draft = plan.draft
     features = header.incompatible_features & ~plan.cleared

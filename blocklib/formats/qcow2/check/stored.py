@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import BoolArray, CountArray, IndexArray, U64Array, count_type, unpack_refcounts
+from blocklib.formats.qcow2.check.counts import BoolArray, CountArray, IndexArray, U64Array, count_type, unpack_refcounts
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry

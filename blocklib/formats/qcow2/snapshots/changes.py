@@ -19,9 +19,9 @@ from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L2, REFCOUNT_BLOCK
-from blocklib.formats.qcow2.snapshots import Snapshot, checked_name, extra_data, new_id, table_bytes
+from blocklib.formats.qcow2.snapshots.table import Snapshot, checked_name, extra_data, new_id, table_bytes
+from blocklib.formats.qcow2.snapshots.tally import Tally, Write, l2_offsets, tally_for
 from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
-from blocklib.formats.qcow2.tally import Tally, Write, l2_offsets, tally_for
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node

@@ -13,8 +13,8 @@ from blocklib.reports import CheckReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.check_stored import ImageFile
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.check.stored import ImageFile
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
 
@@ -52,8 +52,8 @@ def scan_image(
     progress: Callable[[int, int], object] | None,
 ) -> Scan:
     """What `check_image` reports, with the counts behind it."""
-    from blocklib.formats.qcow2.check_findings import Findings
-    from blocklib.formats.qcow2.check_scan import Scan
+    from blocklib.formats.qcow2.check.findings import Findings
+    from blocklib.formats.qcow2.check.scan import Scan
 
     return Scan(file, header, geometry, Findings(max_findings), progress)
 

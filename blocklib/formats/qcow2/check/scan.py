@@ -15,8 +15,8 @@ import numpy as np
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_bitmaps import BitmapScan
-from blocklib.formats.qcow2.check_counts import (
+from blocklib.formats.qcow2.check.bitmaps import BitmapScan
+from blocklib.formats.qcow2.check.counts import (
     BoolArray,
     CountArray,
     IndexArray,
@@ -24,15 +24,15 @@ from blocklib.formats.qcow2.check_counts import (
     add_references,
     merge_weights,
 )
-from blocklib.formats.qcow2.check_l2 import L2Walk, describe_flag
-from blocklib.formats.qcow2.check_snapshots import load_snapshot_tables
-from blocklib.formats.qcow2.check_stored import ImageFile, StoredRefcounts, read_entries
+from blocklib.formats.qcow2.check.l2 import L2Walk, describe_flag
+from blocklib.formats.qcow2.check.snapshots import load_snapshot_tables
+from blocklib.formats.qcow2.check.stored import ImageFile, StoredRefcounts, read_entries
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from blocklib.formats.qcow2.check_findings import Findings, Kind
+    from blocklib.formats.qcow2.check.findings import Findings, Kind
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
 

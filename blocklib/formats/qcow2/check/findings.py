@@ -9,7 +9,7 @@ from blocklib.reports import Finding
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blocklib.formats.qcow2.check_counts import IndexArray
+    from blocklib.formats.qcow2.check.counts import IndexArray
 
 Kind = Literal["leak", "corruption", "check-error"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from blocklib.errors import UsageError
-from blocklib.formats.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
+from blocklib.formats.qcow2.snapshots.table import Snapshot, find_snapshot, read_snapshots
 from blocklib.node import Node
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SnapshotNode(Node):
         """
         if not self._is_snapshot:
             return None
-        from blocklib.formats.qcow2.snapshot_changes import snapshot_size
+        from blocklib.formats.qcow2.snapshots.changes import snapshot_size
 
         id, name = self.options.get("snapshot.id"), self.options.get("snapshot.name")
         snapshots = read_snapshots(self.file, self.header, node=self.filename)
@@ -68,12 +68,12 @@ class SnapshotNode(Node):
         return [entry.info(self.header.size) for entry in self.snapshots]
 
     def create_snapshot(self, name: str) -> SnapshotInfo:
-        from blocklib.formats.qcow2 import snapshot_changes
+        from blocklib.formats.qcow2.snapshots import changes as snapshot_changes
 
         return snapshot_changes.create(self._image, name).info(self.header.size)
 
     def apply_snapshot(self, id: str, name: str) -> None:
-        from blocklib.formats.qcow2 import snapshot_changes
+        from blocklib.formats.qcow2.snapshots import changes as snapshot_changes
 
         index = find_snapshot(self.snapshots, id=id, name=name, node=self.filename)
         if self.bitmaps is None:
@@ -83,16 +83,16 @@ class SnapshotNode(Node):
             snapshot_changes.apply(self._image, index, begin)
 
     def delete_snapshot(self, id: str, name: str) -> None:
-        from blocklib.formats.qcow2 import snapshot_changes
+        from blocklib.formats.qcow2.snapshots import changes as snapshot_changes
 
         snapshot_changes.delete(self._image, find_snapshot(self.snapshots, id=id, name=name, node=self.filename))
 
     def read_vm_state(self, offset: int, view: memoryview) -> None:
-        from blocklib.formats.qcow2 import vm_state
+        from blocklib.formats.qcow2.snapshots import vm_state
 
         vm_state.read(self._image, offset, view)
 
     def write_vm_state(self, offset: int, data: memoryview) -> None:
-        from blocklib.formats.qcow2 import vm_state
+        from blocklib.formats.qcow2.snapshots import vm_state
 
         vm_state.write(self._image, offset, data)

@@ -15,8 +15,8 @@ from blocklib.reports import RepairStep
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.repair_draft import Draft
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.repair.draft import Draft
 
 
 def remove_broken_bitmaps(draft: Draft, scan: Scan) -> Iterator[RepairStep]:

@@ -13,8 +13,8 @@ import numpy as np
 from blocklib.formats.qcow2.header_write import HeaderWrite, plan_rewrite
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.check_stored import ImageFile
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.check.stored import ImageFile
     from blocklib.formats.qcow2.geometry import Geometry
     from blocklib.formats.qcow2.header import Header
 

@@ -32,7 +32,7 @@ def tally_for(node: Qcow2Node, tables: Iterable[Table]) -> type[Tally]:
     n_tables = sum(len(table) - table.count(0) for table in tables)
     if n_tables << node.geometry.cluster_bits <= _SMALL:
         return Tally
-    from blocklib.formats.qcow2.tally_table import TableTally
+    from blocklib.formats.qcow2.snapshots.tally_table import TableTally
 
     return TableTally
 

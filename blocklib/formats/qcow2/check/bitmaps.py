@@ -19,12 +19,12 @@ from blocklib.formats.qcow2.bitmap_directory import (
     parse_extension,
     sound_entries,
 )
-from blocklib.formats.qcow2.check_stored import read_bytes, read_entries
+from blocklib.formats.qcow2.check.stored import read_bytes, read_entries
 from blocklib.policy import Limits
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.check_scan import Scan
+    from blocklib.formats.qcow2.check.scan import Scan
 
 
 class BitmapScan:

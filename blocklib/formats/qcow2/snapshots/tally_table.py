@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import compressed_ranges, count_type, pack_refcounts, unpack_refcounts
-from blocklib.formats.qcow2.check_l2 import read_l2_tables
+from blocklib.formats.qcow2.check.counts import compressed_ranges, count_type, pack_refcounts, unpack_refcounts
+from blocklib.formats.qcow2.check.l2 import read_l2_tables
+from blocklib.formats.qcow2.snapshots.tally import Tally, Write, l2_offsets
 from blocklib.formats.qcow2.tables import Table, numpy_view
-from blocklib.formats.qcow2.tally import Tally, Write, l2_offsets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,17 +11,17 @@ import numpy as np
 
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import BoolArray, U64Array, reads_as_zero
-from blocklib.formats.qcow2.check_l2 import read_l2_tables, split_entries
-from blocklib.formats.qcow2.check_stored import StoredRefcounts, read_bytes
-from blocklib.formats.qcow2.repair_draft import ENTRIES
+from blocklib.formats.qcow2.check.counts import BoolArray, U64Array, reads_as_zero
+from blocklib.formats.qcow2.check.l2 import read_l2_tables, split_entries
+from blocklib.formats.qcow2.check.stored import StoredRefcounts, read_bytes
+from blocklib.formats.qcow2.repair.draft import ENTRIES
 from blocklib.reports import RepairStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.repair_draft import Draft
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.repair.draft import Draft
 
 _BATCH_BYTES: Final = 2 << 20
 _MAX_MOVED_BYTES: Final = 256 << 20

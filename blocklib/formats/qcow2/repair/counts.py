@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import CountArray, IndexArray, U64Array, count_type, pack_refcounts
-from blocklib.formats.qcow2.repair_draft import COUNTS_DOWN, COUNTS_UP, NEW
+from blocklib.formats.qcow2.check.counts import CountArray, IndexArray, U64Array, count_type, pack_refcounts
+from blocklib.formats.qcow2.repair.draft import COUNTS_DOWN, COUNTS_UP, NEW
 from blocklib.reports import RepairStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.repair_draft import Draft
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.repair.draft import Draft
 
 _RUNS_TOLD: Final = 4
 """Runs of equal changes that one step describes one by one."""

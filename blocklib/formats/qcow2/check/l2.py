@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_counts import (
+from blocklib.formats.qcow2.check.counts import (
     IndexArray,
     U64Array,
     compressed_ranges,
@@ -20,8 +20,8 @@ from blocklib.reports import Finding
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.check_stored import ImageFile
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.check.stored import ImageFile
     from blocklib.formats.qcow2.geometry import Geometry
 
 _BATCH_BYTES: Final = 2 << 20

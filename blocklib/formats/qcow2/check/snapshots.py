@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_stored import read_bytes
+from blocklib.formats.qcow2.check.stored import read_bytes
 
 if TYPE_CHECKING:
-    from blocklib.formats.qcow2.check_findings import Findings
-    from blocklib.formats.qcow2.check_stored import ImageFile
+    from blocklib.formats.qcow2.check.findings import Findings
+    from blocklib.formats.qcow2.check.stored import ImageFile
     from blocklib.formats.qcow2.header import Header
 
 _ENTRY = struct.Struct(layout.SNAPSHOT_ENTRY_FORMAT)

@@ -11,14 +11,14 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.check_stored import read_bytes
+from blocklib.formats.qcow2.check.stored import read_bytes
 from blocklib.reports import RepairStep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from blocklib.formats.qcow2.check_scan import Scan
-    from blocklib.formats.qcow2.repair_draft import Draft
+    from blocklib.formats.qcow2.check.scan import Scan
+    from blocklib.formats.qcow2.repair.draft import Draft
 
 _ENTRY: Final = struct.Struct(layout.SNAPSHOT_ENTRY_FORMAT)
 _SIZES: Final = struct.Struct(">QQ")
