@@ -97,6 +97,7 @@ class Scan:
         self._n_references = 0
         self._roles: list[tuple[str, U64Array, U64Array]] = []
         self._l2_uses: list[tuple[U64Array, U64Array, U64Array]] = []
+        self._n_pending = 0  # entries in `_l2_uses`
         self._beyond: list[U64Array] = []
         self._refcount_uses: list[tuple[U64Array, U64Array]] = []
         self._run()
@@ -250,8 +251,10 @@ class Scan:
         astride = (l2_offsets & np.uint64(self.geometry.cluster_mask)) != 0
         self.add(clusters[astride] + 1, None if times == 1 else weights[astride])
         self._l2_uses.append((l2_offsets, weights, weights if active else np.zeros_like(weights)))
-        if sum(uses[0].size for uses in self._l2_uses) > _PENDING:
+        self._n_pending += l2_offsets.size
+        if self._n_pending > _PENDING:
             self._l2_uses = [self._merged_l2_uses()]
+            self._n_pending = self._l2_uses[0][0].size
 
     def _merged_l2_uses(self) -> tuple[U64Array, U64Array, U64Array]:
         """(host offsets of the L2 tables, ascending; how many L1 entries use each; how many active ones)."""
