@@ -292,3 +292,17 @@ def test_an_encrypted_disk_that_grows_within_a_cluster_reads_zero_there(raw: boo
         assert disk.read(0, 22528) == b"x" * 6144 + bytes(16384)
     with open_encrypted("i.qcow2", references="allow") as disk:
         assert disk.read(0, 22528) == b"x" * 6144 + bytes(16384)
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["plain", "raw"])
+@pytest.mark.parametrize("extended", [False, True], ids=["clusters", "subclusters"])
+def test_zeroing_a_part_of_an_encrypted_sector_leaves_the_rest_of_it(raw: bool, extended: bool) -> None:
+    options = {"cluster_size": 16 * KiB, "extended_l2": extended, "data_file": "d.img", "data_file_raw": raw, **LUKS}
+    blocklib.create("i.qcow2", 64 * KiB, format="qcow2", options=options)
+    content = bytearray(b"x" * 64 * KiB)
+    with open_encrypted("i.qcow2", "r+", references="allow") as disk:
+        disk.write(0, content)
+        for start, length in ((354, 158), (4000, 200), (20_001, 9_000), (65_000, 536)):
+            disk.write_zeroes(start, length)
+            content[start : start + length] = bytes(length)
+        assert disk.read(0, disk.size) == content

@@ -404,7 +404,9 @@ class Qcow2Node(SnapshotNode):
         return packed_writing.write_packed(self, offset, packed)
 
     def zero_part(self, offset: int, length: int) -> bool:
-        if self.geometry.extended_l2:  # whole subclusters become zero though there are bytes
+        # Whole subclusters become zero though there are bytes.  Zeroes in an encrypted file would be noise, and for the rest
+        # of a block of the cipher, too.
+        if self.geometry.extended_l2 and self.crypt is None:
             data_file.before_zeroing(self, offset, length, unmap=False)
         done = self.retry(lambda: writing.zero_part(self, offset, length))
         self.writeback.relieve()
