@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from blocklib import plan
+from blocklib import jobs, plan
 from blocklib.disk import Disk
 from blocklib.errors import ImageCorruptError, ImageError, StorageError
 from blocklib.formats.qcow2.create import header_for, write_empty_image
 from blocklib.formats.qcow2.node import Qcow2Node
+from blocklib.formats.qcow2.snapshots import tally
 from blocklib.formats.raw import RawNode
 from blocklib.graph import Transaction
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE
@@ -117,6 +118,46 @@ def test_a_refcount_block_outside_the_file_is_not_taken_for_zeroes() -> None:
         disk.write(512 << 10, b"y")
     assert caught.value.structure == "refcount block"
     assert caught.value.host_offset == 1 << 40
+    disk.abandon()
+
+
+@pytest.mark.parametrize("offset", [1 << 40, (1 << 64) - 65536], ids=["far away", "no offset of a file"])
+@pytest.mark.parametrize("width", [8, 64])
+def test_a_change_of_the_refcount_width_does_not_take_a_block_outside_the_file_for_zeroes(width: int, offset: int) -> None:
+    disk = spoilt(lambda image: image.refcount_table + 8, offset).opened()
+    with pytest.raises(ImageCorruptError) as caught, jobs.amend(disk, {"refcount_bits": width}) as job:
+        job.wait()
+    assert (caught.value.structure, caught.value.host_offset) == ("refcount block", offset)
+    disk.abandon()
+
+
+def test_the_refcount_width_of_an_image_that_counts_nothing_is_not_changed() -> None:
+    image = Image()
+    image.put(image.refcount_table, 0)
+    disk = image.opened()
+    with pytest.raises(ImageCorruptError), jobs.amend(disk, {"refcount_bits": 64}) as job:
+        job.wait()
+    assert disk.read(0, 512) == b"x" * 512
+    disk.abandon()
+
+
+@pytest.mark.parametrize("small", [-1, 1 << 40], ids=["numpy", "python"])
+@pytest.mark.parametrize("offset", [1 << 40, (1 << 64) - 65536], ids=["far away", "no offset of a file"])
+def test_a_snapshot_counts_nothing_in_a_block_outside_the_file(
+    offset: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tally, "_SMALL", small)
+    image = Image(cluster_size=512, refcount_bits=64)
+    with disk_on(RecordingNode(data=bytes(image.bytes))) as disk:
+        file = disk.node.children["file"].node
+        assert isinstance(file, RecordingNode)
+        disk.write(0, b"y" * 65536)
+    image.bytes = bytearray(file.data)
+    image.put(image.refcount_table + 8, offset)
+    disk = image.opened()
+    with pytest.raises(ImageCorruptError) as caught:
+        disk.snapshots.create("one")
+    assert caught.value.host_offset == offset
     disk.abandon()
 
 

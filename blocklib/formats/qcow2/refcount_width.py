@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from blocklib.errors import ImageLimitError
+from blocklib.errors import ImageCorruptError, ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.counts import CountArray, pack_refcounts, unpack_refcounts
 
@@ -58,7 +58,8 @@ def check_counts(node: Qcow2Node, width: int) -> None:
 def change_width(node: Qcow2Node, width: int, progress: Callable[[int, int], object]) -> None:
     """Count with `width` bits from now on; durable on return.  The caller has drained the node and loads it anew.
 
-    Raises ImageLimitError where a count or the table does not fit, StorageError; the image then counts as before.
+    Raises ImageLimitError where a count or the table does not fit, ImageCorruptError, StorageError; the image then counts
+    as before.
     """
     from blocklib.formats.qcow2.geometry import Geometry
 
@@ -91,10 +92,12 @@ def change_width(node: Qcow2Node, width: int, progress: Callable[[int, int], obj
 
 
 def _block(node: Qcow2Node, index: int) -> CountArray:
-    """The counts of the old block `index`, which is there, from the file."""
+    """The counts of the old block `index`, which is there, from the file.  Raises ImageCorruptError for one outside of it."""
     geometry = node.geometry
+    offset = node.refcounts.block_offset(index)
+    node.refcounts.cache.check_inside_file(offset)
     raw = np.zeros(geometry.cluster_size, dtype=np.uint8)
-    node.file.read(node.refcounts.block_offset(index), raw.data)
+    node.file.read(offset, raw.data)
     return unpack_refcounts(raw, geometry.refcount_order)
 
 
@@ -122,6 +125,15 @@ def _reserve(node: Qcow2Node, geometry: Geometry) -> _New:
     Taking them changes what has to be counted, hence the rounds: each asks for what the one before has found missing.
     """
     blocks = _used_blocks(node, geometry)
+    if not blocks:
+        raise ImageCorruptError(
+            f"{node.filename}: no cluster is counted as used, not even that of the header; repair the image first",
+            structure="refcount table",
+            host_offset=node.refcounts.table_offset,
+            expected="a reference for each use",
+            found="none",
+            node=node.filename,
+        )
     while True:
         table_clusters = _table_clusters(blocks, geometry)
         needed = len(blocks) + table_clusters

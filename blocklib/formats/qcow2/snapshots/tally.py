@@ -44,6 +44,7 @@ class Tally:
         self._file = node.file
         self._geometry = node.geometry
         self._table = node.refcounts.table
+        self._cache = node.refcounts.cache
         self._node = node.filename
         self.sign = sign
         self._changes: Counter[int] = Counter()
@@ -193,6 +194,7 @@ class Tally:
                 found=f"{offset:#x}",
                 node=self._node,
             )
+        self._cache.check_inside_file(offset)
         return offset
 
     def _block(self, index: int) -> Table | None:
