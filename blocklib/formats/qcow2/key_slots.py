@@ -1,7 +1,8 @@
 """Key slots of LUKS images: adding one and erasing some, by amend, while the image is open and drained.
 
 A slot is active only once all that it needs is durable, and an erased one is inactive, durably, before its key material is
-overwritten; so a crash leaves the slots as they were, or as they were to become, and never one that lies.
+overwritten; so a crash leaves the slots as they were, or as they were to become, and never one that lies.  Only where force
+puts a new key into a slot that is active, a crash can leave that slot inactive.
 """
 
 from __future__ import annotations

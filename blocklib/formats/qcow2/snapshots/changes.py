@@ -277,7 +277,7 @@ class _Change:
         node.rewrite_header()
         node.writeback.barrier()
         self._reload()
-        runs = tally.freed_runs()
+        runs = tally.freed
         if runs:
             with node.lock:
                 node.refcounts.free_from(runs[0][0])

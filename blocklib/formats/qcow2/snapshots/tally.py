@@ -50,8 +50,8 @@ class Tally:
         self._changes: Counter[int] = Counter()
         self._blocks: dict[int, Table] = {}
         """Refcount blocks by index, as they are or, once `block_writes` has run, will be."""
-        self.freed: list[int] = []
-        """Host clusters, ascending, whose count `block_writes` has brought to zero."""
+        self.freed: list[tuple[int, int]] = []
+        """Runs (first cluster, number) of host clusters, ascending, whose count `block_writes` has brought to zero."""
 
     # -- collecting ---------------------------------------------------------------------------------------------------
 
@@ -139,9 +139,15 @@ class Tally:
             self._set(block, cluster & block_mask, count)
             touched.add(index)
             if not count:
-                self.freed.append(cluster)
+                self._note_freed(cluster, 1)
         for index in sorted(touched):
             yield self._table[index], table_to_bytes(self._blocks[index])
+
+    def _note_freed(self, first: int, n: int) -> None:
+        if self.freed and sum(self.freed[-1]) == first:
+            self.freed[-1] = self.freed[-1][0], self.freed[-1][1] + n
+        else:
+            self.freed.append((first, n))
 
     def block_offsets(self) -> list[int]:
         """Host offsets of the refcount blocks that change; `check` has passed."""
@@ -254,18 +260,6 @@ class Tally:
         if block is None or self._get(block, cluster & (self._geometry.refcount_block_entries - 1)) != 1:
             return entry
         return entry | layout.FLAG_COPIED
-
-    # -- what became free ---------------------------------------------------------------------------------------------
-
-    def freed_runs(self) -> list[tuple[int, int]]:
-        """`freed` as runs: (first cluster, number)."""
-        runs: list[tuple[int, int]] = []
-        for cluster in self.freed:
-            if runs and runs[-1][0] + runs[-1][1] == cluster:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((cluster, 1))
-        return runs
 
 
 def l2_offsets(l1: Sequence[int], cluster_mask: int, file_size: int, node: str | None) -> list[int]:

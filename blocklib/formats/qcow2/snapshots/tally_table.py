@@ -143,8 +143,10 @@ class TableTally(Tally):
             after = before + times if self.sign > 0 else before - times
             self._arrays[index] = changed = after.astype(count_type(geometry.refcount_order))
             if self.sign < 0:
-                gone = np.flatnonzero(used & (after == 0))
-                self.freed += (gone + (index << geometry.refcount_block_bits)).tolist()
+                gone = np.flatnonzero(np.diff(used & (after == 0), prepend=False, append=False))
+                gone += index << geometry.refcount_block_bits
+                for first, stop in zip(gone[0::2].tolist(), gone[1::2].tolist()):
+                    self._note_freed(first, stop - first)
             yield self._table[index], pack_refcounts(changed, geometry.refcount_order)
 
     def _counts(self, index: int) -> NDArray[Any] | None:
