@@ -47,6 +47,8 @@ $(STAMP): pyproject.toml
 	fi; \
 	echo "installing blocklib and its tools into $(VENV)"; \
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'; \
+	$(BIN)/python -m compileall -q blocklib; \
+	$(BIN)/python -c 'from blocklib._fast import warm; warm()' 2>/dev/null; \
 	touch $@
 
 demo: setup
@@ -79,5 +81,5 @@ types: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info blocklib/_fast/__kernels__ .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = frozenset({"asyncio", "numba", "numpy"})
+HEAVY = frozenset({"asyncio", "llvmlite", "numba", "numpy"})
 """Each of these takes longer to import than `blocklib info` takes in all."""
 
 

@@ -1,0 +1,193 @@
+"""How kernels are declared, and the one place that decides whether a kernel pays.
+
+A kernel is a function in the subset of Python that numba compiles.  It gets pointers and integers, indexes pointers with
+non-negative integers, raises nothing, allocates nothing, and answers by its result and by what it writes.  The same source
+runs in three ways: compiled; as plain Python, where a pointer is a memoryview; and, in tests, compiled with bounds checks.
+
+Unsigned constants are `U64`; `U64(x)` and `i64(x)` are casts.  In a kernel, unsigned and signed must not be mixed: COPIED is
+bit 63.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, Final, TypeVar
+
+_START_LINKER_NS: Final = 45_000_000
+"""What it costs to bring LLVM into a process that has not used a kernel yet (measured: 38 to 50 ms)."""
+_LINK_NS: Final = 1_500_000
+"""And a family's object code into one that has."""
+_COMPILE_NS: Final = 3_000_000_000
+"""And to compile a family that was never used on this machine, if that cannot be kept."""
+_INVEST_NS: Final = 300_000_000
+"""What must have been passed up before a family is compiled that can be kept: others will need it, too."""
+
+
+def _log(text: str) -> None:
+    import logging
+
+    logging.getLogger("blocklib").warning("%s", text)
+
+
+tell: Callable[[str], None] = _log
+"""What a user must know of kernels, one line: that they are compiled now, or why they are not used."""
+
+
+class U64(int):
+    """An unsigned constant of a kernel, and the cast to one."""
+
+
+def i64(value: int) -> int:
+    """In a kernel: the cast to a signed integer."""
+    return int(value)
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Kernel:
+    """One kernel of a family.  `worth(saving)` gives what to call, or None where the definition is the better choice."""
+
+    __slots__ = ("_compiled", "family", "function", "name")
+
+    def __init__(self, family: Family, function: FunctionType) -> None:
+        self.family = family
+        self.function = function
+        self.name = function.__name__
+        self._compiled: Callable[..., int] | None = None
+
+    def worth(self, saving: int) -> Callable[..., int] | None:
+        """The kernel for a piece of work that takes it `saving` nanoseconds less than the definition; None: use that.
+
+        Savings that were passed up add up.  Once they reach what it costs to load the kernel it is loaded, so that many
+        small pieces of work never pay much more than the better choice for all of them would have.
+        """
+        if self._compiled is None:
+            self._compiled = self.family.worth(self.name, saving)
+        return self._compiled
+
+    def loaded(self) -> Callable[..., int]:
+        """The kernel, whatever it costs.  Raises RuntimeError where it cannot be had."""
+        compiled = self.family.load().get(self.name)
+        if compiled is None:
+            raise RuntimeError(f"the kernels of {self.family.name} cannot be compiled here")
+        return compiled
+
+    def forget(self) -> None:
+        """For tests: as if it had never been loaded."""
+        self._compiled = None
+
+
+class Family:
+    """The kernels of one module; they are compiled, kept and loaded together."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.name = module.rpartition(".")[2]
+        self.kernels: dict[str, Kernel] = {}
+        self.helpers: dict[str, FunctionType] = {}
+        self._declared: dict[str, tuple[str, bool]] = {}
+        self._lock = threading.Lock()  # one thread loads, the others wait for it
+        self._loaded: dict[str, Callable[..., int]] | None = None
+        self._passed_up = 0
+
+    def kernel(self, signature: str, *, holds_lock: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+        """Declare a kernel: ``i64(u64*, i64)``.
+
+        With `holds_lock` it keeps the interpreter's lock, which is what makes it safe to read tables that other threads
+        change; without, it may only be given what nobody changes, and other threads run meanwhile.
+        """
+
+        def declare(function: Callable[..., Any]) -> Kernel:
+            assert isinstance(function, FunctionType)
+            kernel = self.kernels[function.__name__] = Kernel(self, function)
+            self._declared[function.__name__] = signature, holds_lock
+            return kernel
+
+        return declare
+
+    def helper(self, function: _F) -> _F:
+        """Declare a function that the kernels of the family, and later helpers, call."""
+        assert isinstance(function, FunctionType)
+        self.helpers[function.__name__] = function
+        return function
+
+    def worth(self, name: str, saving: int) -> Callable[..., int] | None:
+        if self._loaded is None:
+            self._passed_up += saving  # a lost update between threads only makes it load a little later
+            if self._passed_up < _LINK_NS or self._passed_up < self._cost():
+                return None
+        return self.load().get(name)
+
+    def _cost(self) -> int:
+        from blocklib._fast import compiler
+        from blocklib._fast.store import Store
+
+        if not compiler.linker_started() and self._passed_up < _START_LINKER_NS:
+            return _START_LINKER_NS
+        try:
+            if self._stored() is not None:
+                return _LINK_NS
+        except ImportError:
+            self._loaded = {}
+            return 0
+        return _INVEST_NS if Store().can_keep() else _COMPILE_NS
+
+    def _source(self) -> bytes:
+        import sys
+
+        path = sys.modules[self.module].__file__
+        assert path is not None
+        with open(path, "rb") as file, open(__file__, "rb") as declaration:
+            return file.read() + declaration.read()
+
+    def _stored(self) -> dict[str, bytes] | None:
+        from blocklib._fast import compiler
+        from blocklib._fast.store import Store
+
+        try:
+            return Store().get(compiler.store_name(self.name, self._source()))
+        except OSError:  # installed without its source
+            return None
+
+    def load(self) -> dict[str, Callable[..., int]]:
+        """All kernels by name, from the store or compiled now; none where there is no compiler."""
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
+
+    def _load(self) -> dict[str, Callable[..., int]]:
+        from blocklib._fast import compiler
+        from blocklib._fast.store import Store
+
+        sources = self._sources()
+        try:
+            codes = self._stored()
+            if codes is not None:
+                try:
+                    return compiler.link(codes, sources)
+                except LookupError:
+                    codes = None
+            keeps = Store().can_keep()
+            how_often = "once on this machine" if keeps else "in every process, as there is no folder to keep them in"
+            tell(f"compiling the kernels for {self.name}, {how_often}; this takes some seconds")
+            codes = compiler.compile_sources(sources, self.helpers)
+            if keeps:
+                Store().put(compiler.store_name(self.name, self._source()), codes)
+        except (ImportError, RuntimeError) as error:
+            tell(f"the kernels for {self.name} are not used: {error}")
+            return {}
+        return compiler.link(codes, sources)
+
+    def _sources(self) -> dict[str, Any]:
+        from blocklib._fast.compiler import Source
+
+        sources = {}
+        for name, (signature, holds_lock) in self._declared.items():
+            result, _, rest = signature.partition("(")
+            parameters = tuple(part.strip() for part in rest.rstrip(")").split(","))
+            sources[name] = Source(self.kernels[name].function, result, parameters, holds_lock)
+        return sources

@@ -1,0 +1,35 @@
+"""The three ways to run a kernel: compiled as users run it, as plain Python, and compiled with bounds checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from blocklib._fast import compiler
+from blocklib._fast.kernel import Kernel
+from blocklib._fast.pointer import Pointer
+
+WAYS = ("compiled", "plain", "checked")
+
+
+def way(kernel: Kernel, name: str) -> Callable[..., int]:
+    """`kernel` in one of the WAYS; all take Pointers and integers."""
+    if name == "compiled":
+        return kernel.loaded()
+    if name == "plain":
+        return lambda *arguments: int(kernel.function(*(_view(one) for one in arguments)))
+    helpers = compiler.compiled_helpers(kernel.family.helpers, boundscheck=True)
+    compiled: Any = numba.njit(boundscheck=True, error_model="numpy")
+    checked = compiled(compiler.with_globals(kernel.function, helpers))
+    return lambda *arguments: int(checked(*(_array(one) for one in arguments)))
+
+
+def _view(argument: Any) -> Any:
+    return argument.view if isinstance(argument, Pointer) else argument
+
+
+def _array(argument: Any) -> Any:
+    return np.frombuffer(argument.view, dtype=np.dtype(argument.view.format)) if isinstance(argument, Pointer) else argument
