@@ -8,7 +8,6 @@ calls it and releases the interpreter's lock.  See docs/decisions/0006-kernels-a
 from __future__ import annotations
 
 import ctypes
-import threading
 import zlib
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -52,7 +51,6 @@ class _Linker:
         import llvmlite.binding as llvm
 
         self._llvm = llvm
-        self.lock = threading.Lock()
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine()
@@ -79,7 +77,6 @@ def _version(llvm: ModuleType) -> str:
 
 
 _linker: _Linker | None = None
-_linker_lock = threading.Lock()
 
 
 def linker_started() -> bool:
@@ -87,12 +84,11 @@ def linker_started() -> bool:
 
 
 def linker() -> _Linker:
-    """LLVM, loaded at the first call.  Raises ImportError."""
+    """LLVM, loaded at the first call; calls are serialised by the caller.  Raises ImportError."""
     global _linker
-    with _linker_lock:
-        if _linker is None:
-            _linker = _Linker()
-        return _linker
+    if _linker is None:
+        _linker = _Linker()
+    return _linker
 
 
 def store_name(family: str, source: bytes) -> str:
@@ -102,17 +98,18 @@ def store_name(family: str, source: bytes) -> str:
 
 
 def link(codes: Mapping[str, bytes], sources: Mapping[str, Source]) -> dict[str, Callable[..., int]]:
-    """Bring object code, by symbol, into the process; callables by the names of `sources`.  Raises LookupError."""
+    """Bring object code, by symbol, into the process; callables by the names of `sources`.  Raises LookupError.
+
+    Calls are serialised by the caller.
+    """
     symbols = {}
     for symbol in codes:
         name, _, rest = symbol.partition(" ")
         symbols[name] = rest
     if symbols.keys() != sources.keys():
         raise LookupError("other kernels than expected")
-    loader = linker()
-    with loader.lock:
-        loader.link(codes)
-        return {name: _callable(loader.address(symbols[name]), source) for name, source in sources.items()}
+    linker().link(codes)
+    return {name: _callable(linker().address(symbols[name]), source) for name, source in sources.items()}
 
 
 def _callable(address: int, source: Source) -> Callable[..., int]:

@@ -10,6 +10,7 @@ bit 63.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from types import FunctionType
@@ -43,6 +44,17 @@ def i64(value: int) -> int:
     """In a kernel: the cast to a signed integer."""
     return int(value)
 
+
+_loading = threading.Lock()  # guards LLVM and what families have loaded: one thread loads, the others wait
+
+
+def _after_fork() -> None:
+    global _loading
+    _loading = threading.Lock()  # a thread that is gone may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -89,8 +101,8 @@ class Family:
         self.kernels: dict[str, Kernel] = {}
         self.helpers: dict[str, FunctionType] = {}
         self._declared: dict[str, tuple[str, bool]] = {}
-        self._lock = threading.Lock()  # one thread loads, the others wait for it
         self._loaded: dict[str, Callable[..., int]] | None = None
+        self._kept: dict[str, bytes] | None = None
         self._passed_up = 0
 
     def kernel(self, signature: str, *, holds_lock: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
@@ -117,18 +129,23 @@ class Family:
     def worth(self, name: str, saving: int) -> Callable[..., int] | None:
         if self._loaded is None:
             self._passed_up += saving  # a lost update between threads only makes it load a little later
-            if self._passed_up < _LINK_NS or self._passed_up < self._cost():
+            if self._passed_up < _LINK_NS:
                 return None
+            with _loading:
+                if self._passed_up < self._cost():
+                    return None
         return self.load().get(name)
 
     def _cost(self) -> int:
+        if self._loaded is not None:
+            return 0
         from blocklib._fast import compiler
         from blocklib._fast.store import Store
 
         if not compiler.linker_started() and self._passed_up < _START_LINKER_NS:
             return _START_LINKER_NS
         try:
-            if self._stored() is not None:
+            if self._stored():
                 return _LINK_NS
         except ImportError:
             self._loaded = {}
@@ -138,23 +155,31 @@ class Family:
     def _source(self) -> bytes:
         import sys
 
+        from blocklib._fast import compiler
+
         path = sys.modules[self.module].__file__
         assert path is not None
-        with open(path, "rb") as file, open(__file__, "rb") as declaration:
-            return file.read() + declaration.read()
+        content = b""
+        for name in (path, __file__, compiler.__file__):
+            with open(name, "rb") as file:
+                content += file.read()
+        return content
 
-    def _stored(self) -> dict[str, bytes] | None:
+    def _stored(self) -> dict[str, bytes]:
+        """The object code that is kept, looked for once; empty where there is none."""
         from blocklib._fast import compiler
         from blocklib._fast.store import Store
 
-        try:
-            return Store().get(compiler.store_name(self.name, self._source()))
-        except OSError:  # installed without its source
-            return None
+        if self._kept is None:
+            try:
+                self._kept = Store().get(compiler.store_name(self.name, self._source())) or {}
+            except OSError:  # installed without its source
+                self._kept = {}
+        return self._kept
 
     def load(self) -> dict[str, Callable[..., int]]:
         """All kernels by name, from the store or compiled now; none where there is no compiler."""
-        with self._lock:
+        with _loading:
             if self._loaded is None:
                 self._loaded = self._load()
             return self._loaded
@@ -166,21 +191,18 @@ class Family:
         sources = self._sources()
         try:
             codes = self._stored()
-            if codes is not None:
-                try:
-                    return compiler.link(codes, sources)
-                except LookupError:
-                    codes = None
+            if codes:
+                return compiler.link(codes, sources)
             keeps = Store().can_keep()
             how_often = "once on this machine" if keeps else "in every process, as there is no folder to keep them in"
             tell(f"compiling the kernels for {self.name}, {how_often}; this takes some seconds")
             codes = compiler.compile_sources(sources, self.helpers)
             if keeps:
                 Store().put(compiler.store_name(self.name, self._source()), codes)
-        except (ImportError, RuntimeError) as error:
-            tell(f"the kernels for {self.name} are not used: {error}")
+            return compiler.link(codes, sources)
+        except Exception as error:  # whatever a compiler of another version finds: there are definitions
+            tell(f"the kernels for {self.name} are not used: {type(error).__name__}: {error}")
             return {}
-        return compiler.link(codes, sources)
 
     def _sources(self) -> dict[str, Any]:
         from blocklib._fast.compiler import Source
