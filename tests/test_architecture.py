@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes"}),
     frozenset({"dirty_bits", "options"}),
     frozenset({"policy"}),
-    frozenset({"node", "probe", "tracking"}),
+    frozenset({"nbd", "node", "probe", "tracking"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),
@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"creating"}),
     frozenset({"jobs"}),
     frozenset({"verbs"}),
+    frozenset({"nbd server"}),
     frozenset({"public face"}),
     frozenset({"cli"}),
 )
@@ -90,15 +91,20 @@ def _imports(file: str) -> Iterator[Import]:
 
 
 def _room(module: str) -> str:
-    """The room of a module of ours: the first name below the package, or the public face for the package itself."""
+    """The room of a module of ours: the first name below the package, or the public face for the package itself.
+
+    NBD's protocol and client lie below the drivers, its server above the disk, and ``blocklib.nbd`` shows both.
+    """
     parts = module.split(".")
-    if len(parts) == 1:
+    if len(parts) == 1 or parts[1:] == ["nbd"]:
         return "public face"
+    if parts[1] == "nbd" and parts[2].startswith("server"):
+        return "nbd server"
     return "cli" if parts[1] == "__main__" else parts[1]
 
 
 def _room_of_file(file: str) -> str:
-    return _room("blocklib." + file.removesuffix(".py").replace("/", ".")) if file != "__init__.py" else "public face"
+    return _room(("blocklib/" + file).removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
 
 def _ours(file: str) -> Iterator[Import]:
