@@ -24,7 +24,9 @@ help:
 	@echo "make torture   the property tests as campaigns that take minutes"
 	@echo "make clean     remove what these targets made"
 
+# Compiled here and not at the first start, which may be one that writes no bytecode: every start would compile anew.
 setup: $(STAMP)
+	@$(BIN)/python -m compileall -q blocklib
 
 # A .venv that works is kept and brought up to date; one whose interpreter is gone or too old is built anew.
 $(STAMP): pyproject.toml

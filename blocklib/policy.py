@@ -11,7 +11,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from blocklib.errors import (
@@ -23,6 +22,7 @@ from blocklib.errors import (
     UsageError,
 )
 from blocklib.options import OptionValue, parse_options
+from blocklib.records import Record
 from blocklib.sizes import MAX_SIZE, MiB
 
 Target: TypeAlias = "str | os.PathLike[str] | Mapping[str, OptionValue]"
@@ -32,8 +32,7 @@ ReferencePolicy: TypeAlias = "Callable[[Reference], Target | None]"
 References: TypeAlias = "Literal['deny', 'allow'] | ReferencePolicy"
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Record):
     """What one image may cost, checked before anything is allocated for it; defaults are QEMU's where it has any."""
 
     l1_bytes: int = 32 * MiB
@@ -67,8 +66,7 @@ class Limits:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(Record):
     """A file that an image names."""
 
     kind: str
@@ -83,52 +81,15 @@ class Reference:
     """1 for what the top image names, 2 for what that one names."""
 
 
-class _Value:
-    """What a frozen dataclass with slots is; making one of those takes a millisecond at every start of the command line."""
-
-    __slots__: tuple[str, ...] = ()
-
-    def _set(self, *values: object) -> None:
-        for name, value in zip(self.__slots__, values):
-            object.__setattr__(self, name, value)
-
-    def _values(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__slots__)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is immutable")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__} is immutable")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Value) and type(other) is type(self) and self._values() == other._values()
-
-    def __hash__(self) -> int:
-        return hash(self._values())
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in zip(self.__slots__, self._values()))
-        return f"{type(self).__name__}({shown})"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), self._values()
-
-
 # -- names -------------------------------------------------------------------------------------------------------------
 
 _URL_PREFIXES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
 
 
-class PlainPath(_Value):
+class PlainPath(Record):
     """A path and nothing else, whatever it looks like: `pathlib.Path` without its price at start-up."""
 
-    __slots__ = ("path",)
-
     path: str
-
-    def __init__(self, path: str) -> None:
-        self._set(path)
 
     def __fspath__(self) -> str:
         return self.path
@@ -171,7 +132,7 @@ def qemu_target(name: str) -> Target:
 # -- restricted policies -----------------------------------------------------------------------------------------------
 
 
-class RestrictedFile(_Value):
+class RestrictedFile(Record):
     """A file that a restricted policy found: `name`, one component, in `directory` ("" is the current one).
 
     It is a path, for messages and for the references of the image in it, but may be opened only by `open_fd`, which
@@ -179,14 +140,9 @@ class RestrictedFile(_Value):
     links in it are followed.
     """
 
-    __slots__ = ("directory", "name", "reference")
-
     directory: str
     name: str
     reference: Reference
-
-    def __init__(self, directory: str, name: str, reference: Reference) -> None:
-        self._set(directory, name, reference)
 
     def __fspath__(self) -> str:
         return os.path.join(self.directory, self.name)
@@ -229,7 +185,7 @@ class RestrictedFile(_Value):
         return fd
 
 
-class SameDirectory(_Value):
+class SameDirectory(Record):
     """Allows regular files in the folder of the image that names them, `max_depth` images deep.
 
     A name is taken literally: one component, perhaps after ``./`` or after the folder's own absolute path.  Refused
@@ -237,12 +193,7 @@ class SameDirectory(_Value):
     without a format, which would have to be guessed from bytes that a guest can write.
     """
 
-    __slots__ = ("max_depth",)
-
-    max_depth: int
-
-    def __init__(self, max_depth: int = 8) -> None:
-        self._set(max_depth)
+    max_depth: int = 8
 
     def __call__(self, reference: Reference) -> RestrictedFile | None:
         return None if self.objection(reference) else _beside(reference)
@@ -266,7 +217,7 @@ def _beside(reference: Reference) -> RestrictedFile | None:
     return RestrictedFile(folder, leaf, reference) if is_same else None
 
 
-class AllowList(_Value):
+class AllowList(Record):
     """Allows the regular files that are listed, however deep in the chain.
 
     An absolute entry is that file; a relative one is looked for from the folder of the image that names it.  An
@@ -274,8 +225,6 @@ class AllowList(_Value):
     in the entry.  Links in the folders of an entry are followed, a link as the file itself is refused.  A backing
     file without a format is refused.
     """
-
-    __slots__ = ("names",)
 
     names: tuple[str, ...]
 
@@ -286,7 +235,7 @@ class AllowList(_Value):
         for name in listed:
             if not name or "\0" in name or name.endswith("/"):
                 raise UsageError(f"{name!r} in an allow-list is not the name of a file")
-        self._set(listed)
+        super().__init__(listed)
 
     def __call__(self, reference: Reference) -> RestrictedFile | None:
         return None if self.objection(reference) else self._entry(reference)

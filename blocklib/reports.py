@@ -6,13 +6,15 @@ Sizes and offsets are bytes; `host_offset` is an offset in the image file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from blocklib.records import Record, field
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(Record):
     """An internal snapshot: its numbers as the image stores them."""
 
     id: str
@@ -28,8 +30,7 @@ class SnapshotInfo:
     """Nanoseconds behind the whole second of `created`, as stored, which a datetime does not hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageInfo(Record):
     """One image's metadata; nothing the image refers to was opened for it."""
 
     filename: str
@@ -50,8 +51,7 @@ class ImageInfo:
     """What ``qemu-img info`` prints as "format-specific", in QEMU's names."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
+class NodeInfo(Record):
     """One image of a chain."""
 
     name: str
@@ -63,8 +63,7 @@ class NodeInfo:
     """The file that its plain data is in: for an image with an external data file, that one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Record):
     """How far a long verb is: bytes done of bytes in total, bytes per second, seconds left or None while unknown."""
 
     done: int
@@ -77,8 +76,7 @@ class Progress:
         return self.done / self.total if self.total else 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ConvertResult:
+class ConvertResult(Record):
     """What a convert moved: bytes read as data, bytes the target occupies, and how long it took."""
 
     bytes_read: int
@@ -90,24 +88,21 @@ class ConvertResult:
     """Names of inconsistent bitmaps that were left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommitResult:
+class CommitResult(Record):
     """Bytes copied down, and the image that received them."""
 
     bytes_copied: int
     base: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class RebaseResult:
+class RebaseResult(Record):
     """Bytes copied into the overlay, and the backing file it has now."""
 
     bytes_copied: int
     backing: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class CompareResult:
+class CompareResult(Record):
     """`reason` is None for identical disks, "content" with the first differing guest `offset`; if strict also "size", or
     "status" with the first guest `offset` that is not stored in the same way."""
 
@@ -120,8 +115,7 @@ class CompareResult:
     """`offset` lies past the end of the shorter disk."""
 
 
-@dataclass(frozen=True, slots=True)
-class MeasureResult:
+class MeasureResult(Record):
     """Bytes that a new image needs: for the data as it is, and fully allocated."""
 
     required: int
@@ -129,8 +123,7 @@ class MeasureResult:
     bitmaps: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Record):
     """One thing that a check found: a "leak", a "corruption", or a "check-error" (could not be looked at)."""
 
     kind: Literal["leak", "corruption", "check-error"]
@@ -145,8 +138,7 @@ class Finding:
         return f"{self.kind}: {self.structure}{place}: expected {self.expected}, found {self.found}"
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
+class CheckReport(Record):
     """What ``qemu-img check`` counts, with every finding beside it."""
 
     filename: str
@@ -169,8 +161,7 @@ class CheckReport:
         return not (self.corruptions or self.leaks or self.check_errors)
 
 
-@dataclass(frozen=True, slots=True)
-class RepairStep:
+class RepairStep(Record):
     """One change that a repair makes."""
 
     action: str
@@ -184,8 +175,7 @@ class RepairStep:
         return f"{self.action}: {self.structure}{place}: {self.before} -> {self.after}"
 
 
-@dataclass(frozen=True, slots=True)
-class RepairReport:
+class RepairReport(Record):
     """What a repair did, or with ``dry_run`` would do: its steps, and the check before and (if it ran) after."""
 
     steps: tuple[RepairStep, ...]

@@ -17,7 +17,7 @@ MAX_LINES = 650
 
 # A room may import itself and the rooms of the floors below its own.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"_fast", "errors"}),
+    frozenset({"_fast", "errors", "records"}),
     frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes"}),
     frozenset({"dirty_bits", "options"}),
     frozenset({"policy"}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocklib import graph
@@ -15,6 +14,7 @@ from blocklib.jobs.ends import opened
 from blocklib.jobs.job import Job, started
 from blocklib.opening import FROM_IMAGE, open_disk
 from blocklib.options import check_options
+from blocklib.records import Record
 from blocklib.reports import ImageInfo
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def amend(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Amend(Task[ImageInfo]):
+class _Amend(Record, Task[ImageInfo]):
     verb: ClassVar[str] = "amend"
 
     target: Disk | Target

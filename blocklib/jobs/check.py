@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
 
 from blocklib import graph
@@ -13,6 +12,7 @@ from blocklib.errors import ReadOnlyError, UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.job import Job, started
 from blocklib.opening import open_metadata
+from blocklib.records import Record
 from blocklib.reports import CheckReport, RepairReport
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def repair(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Check(Task[CheckReport]):
+class _Check(Record, Task[CheckReport]):
     verb: ClassVar[str] = "check"
 
     target: Disk | Target
@@ -77,8 +76,7 @@ class _Check(Task[CheckReport]):
             return node.check(_progress(control))
 
 
-@dataclass(eq=False)
-class _Repair(Task[RepairReport]):
+class _Repair(Record, Task[RepairReport]):
     verb: ClassVar[str] = "repair"
 
     target: Disk | Target

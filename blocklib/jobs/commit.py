@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import graph
@@ -16,6 +15,7 @@ from blocklib.jobs.ends import opened, same_file
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
+from blocklib.records import Record
 from blocklib.reports import CommitResult, NodeInfo
 from blocklib.requests import RequestTracker
 
@@ -52,8 +52,7 @@ def commit(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Commit(Task[CommitResult]):
+class _Commit(Record, Task[CommitResult]):
     verb: ClassVar[str] = "commit"
 
     target: Disk | Target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from blocklib.jobs.control import Control, ProgressCallback, Task
@@ -13,6 +12,7 @@ from blocklib.jobs.ends import Concatenation, opened
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, PIECE, SKIP, ZERO, Piece, Run, coalesced, pieces, zipped
 from blocklib.jobs.zero_runs import BlockScanner
+from blocklib.records import Record
 from blocklib.reports import CompareResult
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def compare(
     return Job(_Compare(a, b, strict), speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Compare(Task[CompareResult]):
+class _Compare(Record, Task[CompareResult]):
     verb: ClassVar[str] = "compare"
 
     a: Disk | Target

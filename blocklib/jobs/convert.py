@@ -7,7 +7,6 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import drivers
@@ -41,6 +40,7 @@ from blocklib.node import check_level
 from blocklib.opening import FROM_IMAGE, FromImage, open_disk
 from blocklib.options import check_options
 from blocklib.policy import resolve_backing_name
+from blocklib.records import Record
 from blocklib.reports import ConvertResult
 
 if TYPE_CHECKING:
@@ -149,8 +149,7 @@ def convert(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Convert(Task[ConvertResult]):
+class _Convert(Record, Task[ConvertResult]):
     verb: ClassVar[str] = "convert"
 
     sources: Sequence[Disk | Target]

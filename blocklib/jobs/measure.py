@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocklib import drivers
@@ -13,6 +12,7 @@ from blocklib.jobs.ends import opened
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COPY, Run, runs_of
 from blocklib.options import check_options
+from blocklib.records import Record
 from blocklib.reports import MeasureResult
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def measure(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Measure(Task[MeasureResult]):
+class _Measure(Record, Task[MeasureResult]):
     verb: ClassVar[str] = "measure"
 
     source: Disk | Target | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph
@@ -18,6 +17,7 @@ from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, Run, coalesced, runs_above, runs_of, without_equal_zeroes, zipped
 from blocklib.opening import open_disk
 from blocklib.policy import PlainPath, qemu_target, resolve_backing_name
+from blocklib.records import Record
 from blocklib.reports import RebaseResult
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def rebase(
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-@dataclass(eq=False)
-class _Rebase(Task[RebaseResult]):
+class _Rebase(Record, Task[RebaseResult]):
     verb: ClassVar[str] = "rebase"
 
     target: Disk | Target

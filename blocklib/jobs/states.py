@@ -6,9 +6,9 @@ Source: ``JobStatus``, ``JobVerb`` and the ``job-*`` commands of QEMU's ``qapi/j
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from blocklib.records import Record
 from blocklib.reports import Progress
 
 JobStatus: TypeAlias = Literal[
@@ -54,8 +54,7 @@ VERBS: Final[Mapping[JobVerb, frozenset[JobStatus]]] = {
 ENDED: Final[frozenset[JobStatus]] = frozenset({"concluded", "null"})
 
 
-@dataclass(frozen=True, slots=True)
-class JobEvent:
+class JobEvent(Record):
     """Something happened to a job: its status then, how far it was, and the error once it has failed."""
 
     status: JobStatus

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = frozenset({"asyncio", "llvmlite", "numba", "numpy"})
-"""Each of these takes longer to import than `blocklib info` takes in all."""
+HEAVY = frozenset({"asyncio", "dataclasses", "inspect", "llvmlite", "numba", "numpy"})
+"""The large ones each take longer to import than `blocklib info` takes in all; see `blocklib.records` for the others."""
 
 
 def _imported_by(*arguments: str) -> set[str]:

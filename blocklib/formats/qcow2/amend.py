@@ -7,7 +7,6 @@ header, so that a crash leaves the image before or after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
@@ -16,6 +15,7 @@ from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
 from blocklib.formats.qcow2.header import Header, feature_name_table
 from blocklib.formats.qcow2.settings import VERSION_3_OPTIONS
 from blocklib.formats.qcow2.snapshots.table import table_bytes
+from blocklib.records import replace
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node

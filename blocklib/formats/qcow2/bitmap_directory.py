@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blocklib.errors import ImageCorruptError, ImageError, ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.tables import Table, table_from_bytes
+from blocklib.records import Record, replace
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -24,8 +24,7 @@ _EXTENSION = struct.Struct(layout.BITMAPS_EXTENSION_FORMAT)
 _ENTRY = struct.Struct(layout.BITMAP_ENTRY_FORMAT)
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
+class BitmapsExtension(Record):
     """Where the bitmap directory lies (a host offset), its length in bytes, and how many entries it has."""
 
     n_bitmaps: int
@@ -33,8 +32,7 @@ class BitmapsExtension:
     directory_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class DirectoryEntry:
+class DirectoryEntry(Record):
     """One bitmap as the directory describes it; the host offset of its table, which has `table_entries` entries."""
 
     table_offset: int

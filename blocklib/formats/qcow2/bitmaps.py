@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from blocklib.dirty_bits import DirtyBits
@@ -33,6 +32,7 @@ from blocklib.formats.qcow2.bitmap_directory import (
 from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS, geometry_for
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
+from blocklib.records import replace
 from blocklib.tracking import BitmapStore, DirtyBitmap, Tracking, check_name
 
 if TYPE_CHECKING:

@@ -6,14 +6,12 @@ sections "Host cluster management", "Cluster mapping" and "Extended L2 Entries" 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from blocklib.errors import ImageCorruptError, ImageLimitError, UsageError
 from blocklib.formats.qcow2 import layout
+from blocklib.records import Record, field
 
 
-@dataclass(frozen=True, slots=True)
-class RefcountMetadata:
+class RefcountMetadata(Record):
     """How many clusters the refcounts themselves take: blocks of one cluster each, and the contiguous table."""
 
     blocks: int
@@ -24,16 +22,14 @@ class RefcountMetadata:
         return self.blocks + self.table_clusters
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredSize:
+class MeasuredSize(Record):
     """Bytes of the image file: as asked for, and once every guest cluster is allocated."""
 
     required: int
     fully_allocated: int
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Record):
     """The derived numbers of one image; immutable, so it may be shared freely.
 
     Offsets and lengths are bytes.  A guest offset splits, from the top, into L1 index, L2 index and the offset in the
@@ -44,28 +40,28 @@ class Geometry:
     refcount_order: int = layout.V2_REFCOUNT_ORDER
     extended_l2: bool = False
 
-    cluster_size: int = field(init=False, repr=False, compare=False)
-    cluster_mask: int = field(init=False, repr=False, compare=False)
+    cluster_size: int = field(init=False)
+    cluster_mask: int = field(init=False)
     """cluster_size - 1: the offset inside a cluster."""
-    l2_entry_length: int = field(init=False, repr=False, compare=False)
+    l2_entry_length: int = field(init=False)
     """8 bytes, or 16 with extended L2 entries."""
-    l2_bits: int = field(init=False, repr=False, compare=False)
-    l2_entries: int = field(init=False, repr=False, compare=False)
+    l2_bits: int = field(init=False)
+    l2_entries: int = field(init=False)
     """Guest clusters that one L2 table maps."""
-    l1_shift: int = field(init=False, repr=False, compare=False)
+    l1_shift: int = field(init=False)
     """guest_offset >> l1_shift is the L1 index; 1 << l1_shift the guest bytes that one L2 table maps."""
-    subclusters: int = field(init=False, repr=False, compare=False)
+    subclusters: int = field(init=False)
     """32 with extended L2 entries, else 1: the cluster itself."""
-    subcluster_size: int = field(init=False, repr=False, compare=False)
-    subcluster_bits: int = field(init=False, repr=False, compare=False)
-    refcount_bits: int = field(init=False, repr=False, compare=False)
-    max_refcount: int = field(init=False, repr=False, compare=False)
-    refcount_block_bits: int = field(init=False, repr=False, compare=False)
-    refcount_block_entries: int = field(init=False, repr=False, compare=False)
+    subcluster_size: int = field(init=False)
+    subcluster_bits: int = field(init=False)
+    refcount_bits: int = field(init=False)
+    max_refcount: int = field(init=False)
+    refcount_block_bits: int = field(init=False)
+    refcount_block_entries: int = field(init=False)
     """Host clusters that one refcount block counts."""
-    compressed_offset_bits: int = field(init=False, repr=False, compare=False)
+    compressed_offset_bits: int = field(init=False)
     """Width of the host offset in a compressed descriptor: the specification's x."""
-    max_compressed_offset: int = field(init=False, repr=False, compare=False)
+    max_compressed_offset: int = field(init=False)
     """Compressed data starts below this host offset."""
 
     def __post_init__(self) -> None:

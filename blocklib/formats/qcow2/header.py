@@ -10,13 +10,13 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blocklib.errors import FormatMismatchError, ImageCorruptError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import header_checks as checks
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.geometry import Geometry
+from blocklib.records import Record, field
 
 if TYPE_CHECKING:
     from blocklib.policy import Limits
@@ -26,16 +26,14 @@ _V3_FIELDS = struct.Struct(layout.HEADER_V3_FORMAT)
 _EXTENSION_HEADER = struct.Struct(layout.EXTENSION_HEADER_FORMAT)
 
 
-@dataclass(frozen=True, slots=True)
-class Extension:
+class Extension(Record):
     """One header extension: its type and its data, without the padding."""
 
     type: int
     data: bytes
 
 
-@dataclass(slots=True)
-class Header:
+class Header(Record, frozen=False):
     """All fields of a version 2 or 3 header as native numbers, in bytes where they are lengths or offsets.
 
     `backing_file_offset` and `backing_file_size` say where the name lay when the header was parsed; the serialiser

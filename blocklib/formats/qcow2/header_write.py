@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 from blocklib.errors import UsageError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.header import Extension, Header, parse_accepted_header
+from blocklib.records import Record, replace
 
 _V2_FIELDS = struct.Struct(layout.HEADER_V2_FORMAT)
 _V3_FIELDS = struct.Struct(layout.HEADER_V3_FORMAT)
@@ -29,8 +29,7 @@ _UNKNOWN_EXTENSION_ORDER = 4
 """What an image cannot do without lies first, so that it shares the sector that is written in one step."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderWrite:
+class HeaderWrite(Record):
     """How to bring a header to disk: write `rest`, make it durable, then write `first`, 512 bytes at offset 0.
 
     `rest` holds (host offset, bytes) behind the first sector, only what differs from the disk.  With `atomic` no byte

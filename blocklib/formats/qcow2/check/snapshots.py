@@ -7,11 +7,11 @@ leaked unnoticed, so whatever cannot be understood is a finding.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.stored import read_bytes
+from blocklib.records import Record
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.check.findings import Findings
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 _ENTRY = struct.Struct(layout.SNAPSHOT_ENTRY_FORMAT)
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotTables:
+class SnapshotTables(Record):
     """(host offset, number of entries) -> how many snapshots use that L1 table; and the bytes of the table itself."""
 
     l1_tables: dict[tuple[int, int], int]

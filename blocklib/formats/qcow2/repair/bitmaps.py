@@ -5,11 +5,11 @@ A bitmap only says what to copy again.  One that is broken is worth nothing, and
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.bitmap_directory import pack_directory, pack_extension
+from blocklib.records import replace
 from blocklib.reports import RepairStep
 
 if TYPE_CHECKING:

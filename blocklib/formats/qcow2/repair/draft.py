@@ -5,12 +5,12 @@ A repair is planned on a draft to its end, checks included, before the first byt
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from blocklib.formats.qcow2.header_write import HeaderWrite, plan_rewrite
+from blocklib.records import replace
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.check.scan import Scan

@@ -9,12 +9,12 @@ repairs it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from blocklib.errors import ImageCorruptError, StalePlanError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.image import MAX_FINDINGS, report_of, scan_image
+from blocklib.records import replace
 from blocklib.reports import RepairReport, RepairStep
 
 if TYPE_CHECKING:
@@ -222,8 +222,8 @@ def _rewrite_header(file: WritableImageFile, header: Header, draft: Draft) -> No
     change = draft.header_change()
     _write_all(file, change.rest)
     _write_all(file, ((0, change.first),))
-    for field in fields(header):
-        setattr(header, field.name, getattr(change.header, field.name))
+    for name in header.record_fields:
+        setattr(header, name, getattr(change.header, name))
 
 
 def _set_features(file: WritableImageFile, header: Header, features: int) -> None:
