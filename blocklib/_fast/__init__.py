@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-FAMILIES: Final = ("buffers",)
+FAMILIES: Final = ("buffers", "refcounts")
 """The modules that have kernels."""
 
 
