@@ -58,6 +58,7 @@ class BlockCopy:
     """Copies runs from `source` to `target`, at equal offsets.
 
     - `block`: leave out zeroes of that many bytes, aligned to it, although they are stored as data; 0 copies them.
+    - `unit`: runs are cut at its multiples (bytes, at most PIECE), so that no cluster of the target is written in two steps.
     - `zero_known`: the target reads as zero where nothing was written yet, so zeroes are left out altogether.
     - `shown`: what the target reads as where it has nothing of its own; runs to COMPARE are compared with it.
     - `compression`: data is compressed by the workers; `block`, where it is not 0, and all runs are multiples of its unit.
@@ -72,6 +73,7 @@ class BlockCopy:
         target: Writer,
         *,
         block: int = 0,
+        unit: int = 1,
         zero_known: bool = False,
         shown: Reader | None = None,
         threads: int | None = None,
@@ -83,13 +85,14 @@ class BlockCopy:
         self._source = source
         self._target = target
         self._scanner = BlockScanner(block or _SECTOR)
+        self._unit = unit
         self._drop_zeroes = block > 0
         self._zero_known = zero_known
         self._shown = shown
         self._unordered = unordered
         self._salvage = salvage
         self._compression = compression
-        self._crew = Crew(self._do, threads or default_threads(thinking=compression is not None))
+        self._crew = Crew(control, self._do, threads or default_threads(thinking=compression is not None))
         self._lock = threading.Lock()  # guards what follows
         self.bytes_read = 0
         self.bytes_written = 0
@@ -108,31 +111,22 @@ class BlockCopy:
 
     def run(self, runs: Iterable[Run]) -> None:
         """Do all of `runs`, ascending, once.  When it raises, requests in flight have ended."""
-        try:
-            for piece in pieces(runs):
-                if self._control.stop_requested:
-                    self._crew.settle()
-                self._control.pause_point(piece.copied)
-                self._crew.submit(piece)
-            self._crew.settle()
-        finally:
-            self._crew.close()
+        self._crew.run(pieces(runs, self._unit))
 
     # -- in a worker --------------------------------------------------------------------------------------------------
 
     def _do(self, piece: Piece, buffer: memoryview) -> None:
         writes: list[_Write] = []
-        for offset, length, what in piece.runs:
+        for offset, length, what, at in piece.runs:
             if what == ZERO:
                 writes.append(_Write(offset, length, None))
                 continue
-            start = offset - piece.window
-            view = buffer[start : start + length]
+            view = buffer[at : at + length]
             self._read(offset, view)
             if what == COPY:
                 self._add_writes(writes, offset, view)
                 continue
-            other = buffer[PIECE + start : PIECE + start + length]
+            other = buffer[PIECE + at : PIECE + at + length]
             assert self._shown is not None
             self._shown.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):
@@ -144,7 +138,7 @@ class BlockCopy:
             self._write(writes)
         elif self._crew.take_turn(piece):
             self._write(writes)
-            self._crew.end_turn()
+            self._crew.end_turn(piece)
         else:
             return
         with self._lock:

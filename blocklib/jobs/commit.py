@@ -72,7 +72,7 @@ class _Commit(Record, Task[CommitResult]):
                 if old_size < top.size:
                     with graph.drained(top.node), graph.alone(node):
                         edge.truncate(top.size)
-                copy = BlockCopy(control, top, _Writer(edge))
+                copy = BlockCopy(control, top, _Writer(edge), unit=node.data_unit() or 1)
                 runs = runs_above(top, 0, top.size, base, absent=SKIP, absent_zero=COMPARE)
                 copy.run(coalesced(_zeroed_below(runs, old_size)))
                 edge.flush()

@@ -69,18 +69,7 @@ class _Comparison:
         self._difference: int | None = None  # the lowest guest offset found so far; guarded by _lock
 
     def run(self) -> CompareResult:
-        crew = Crew(self._look, default_threads())
-        try:
-            for piece in pieces(self._runs()):
-                if self._control.stop_requested:
-                    crew.settle()
-                self._control.pause_point(2 * piece.copied)
-                if self._difference is not None:
-                    break  # pieces are handed out in order, so none after this one matters
-                crew.submit(piece)
-            crew.settle()
-        finally:
-            crew.close()
+        Crew(self._control, self._look, default_threads(), reads=2).run(self._pieces())
         size_mismatch = self._a.size != self._b.size
         if self._difference is not None:
             beyond_end = self._difference >= min(self._a.size, self._b.size)
@@ -88,6 +77,12 @@ class _Comparison:
         if self._mismatch is not None:
             return CompareResult(False, "status", self._mismatch)
         return CompareResult(True, size_mismatch=size_mismatch)
+
+    def _pieces(self) -> Iterator[Piece]:
+        for piece in pieces(self._runs()):
+            if self._difference is not None:
+                return  # they are taken in order, so none after this one matters
+            yield piece
 
     def _runs(self) -> Iterator[Run]:
         """What has to be read: where not both are known to be zero, before the status differs."""
@@ -102,9 +97,8 @@ class _Comparison:
     def _look(self, piece: Piece, buffer: memoryview) -> None:
         """In a worker: compare the runs of a piece up to the first difference."""
         a, b = self._wholes
-        for offset, length, _what in piece.runs:
-            start = offset - piece.window
-            view, other = buffer[start : start + length], buffer[PIECE + start : PIECE + start + length]
+        for offset, length, _what, at in piece.runs:
+            view, other = buffer[at : at + length], buffer[PIECE + at : PIECE + at + length]
             a.readinto(offset, view)
             b.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):

@@ -100,6 +100,23 @@ class Control:
         with self.changed:
             self._done += length
 
+    def begin(self, length: int) -> None:
+        """`length` bytes of work begin, which the speed limit spreads; any thread, after `pause_point` or `wait_to_begin`."""
+        if self._limit.speed:
+            with self.changed:
+                self._limit.begin(length, self.clock.now())
+
+    def wait_to_begin(self) -> bool:
+        """For a thread that helps the job's: wait for the speed limit.  False, at once, if `stop_requested`."""
+        if self._limit.speed:
+            with self.changed:
+                while not self.stop_requested:
+                    wait = self._limit.free_at - self.clock.now()
+                    if wait <= 0:
+                        return True
+                    self.clock.wait(self.changed, wait)
+        return not self.stop_requested
+
     def pause_point(self, length: int = 0) -> None:
         """A safe place before the next `length` bytes of work: reports, waits for the speed limit, parks while paused.
 

@@ -219,6 +219,7 @@ class _Convert(Record, Task[ConvertResult]):
             source,
             target,
             block=block,
+            unit=max(unit, target.node.data_unit() or 1),
             zero_known=self.target_is_zero or (isinstance(self.target, NewImage) and self.target.is_zero),
             shown=target if has_backing else None,
             threads=self.threads,

@@ -1,14 +1,18 @@
-"""A crew: worker threads that take pieces of work in order, read in any order, and write in order where that is asked."""
+"""A crew: a job's own thread and its helpers, which take pieces of work in order and, where that is asked, write in order.
+
+Each takes the next piece when it has done one, so nothing is handed from thread to thread: that costs more than a piece does.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from blocklib.jobs.control import Control
 from blocklib.jobs.runs import PIECE, Piece
 
 BUFFER: Final = 2 * PIECE
@@ -26,84 +30,157 @@ def default_threads(*, thinking: bool = False) -> int:
 
 
 class Crew:
-    """At most `size` threads, started as they are needed, and as many pieces waiting for them.
+    """At most `size` threads, one of which is that of who calls `run`; the others are started as they are needed.
 
-    `work` gets a piece and the worker's own buffer.  The first failure stops everything and is raised to who submits.
+    `work` gets a piece and the thread's own buffer; each byte counts `reads` times against the speed limit.  The first
+    failure stops everything and is raised by `run`.
     """
 
-    def __init__(self, work: Callable[[Piece, memoryview], None], size: int) -> None:
+    def __init__(self, control: Control, work: Callable[[Piece, memoryview], None], size: int, *, reads: int = 1) -> None:
+        self._reads = reads
+        self._control = control
         self._work = work
         self._size = size
-        self._changed = threading.Condition(threading.Lock())  # guards everything below
+        self._taking = threading.Lock()  # guards: _pieces, _ahead, _last; held while the next piece is cut
+        self._pieces: Iterator[Piece] = iter(())
+        self._ahead: Piece | None = None
+        """The next piece: only if there is one, another thread is of use."""
+        self._last: threading.Lock | None = None
+        self._changed = threading.Condition(threading.Lock())  # guards what follows
         self._threads: list[threading.Thread] = []
-        self._waiting: deque[Piece] = deque()
-        self._busy = 0
-        self._turn = 0
+        self._helping = 0  # helpers that are neither parked nor at their end
+        self._parked = 0
         self._failure: BaseException | None = None
-        self._closed = False
+        self._stopped = False
 
-    def submit(self, piece: Piece) -> None:
-        """Hand out a piece; waits while enough others are waiting.  Raises the failure of an earlier one."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) < self._size or self._stopped)
-            self._raise_failure()
-            self._waiting.append(piece)
-            if self._busy + len(self._waiting) > len(self._threads) < self._size:
-                thread = threading.Thread(target=self._main, name="blocklib copy", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._changed.notify_all()
+    def run(self, pieces: Iterable[Piece]) -> None:
+        """Do all of `pieces`, which are numbered from 0 on, once.  Nothing is in flight any more when it returns or raises."""
+        self._pieces = iter(pieces)
+        try:
+            self._ahead = next(self._pieces, None)
+            buffer = None
+            while True:
+                self._pause_point()
+                piece = self._take()
+                if piece is None:
+                    break
+                if buffer is None:
+                    buffer = _new_buffer()
+                self._do(piece, buffer)
+            self._settle()
+        finally:
+            self._close()
+        if self._failure is not None:
+            raise self._failure
 
-    def settle(self) -> None:
-        """Wait until all that was submitted is done.  Raises the first failure."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy) or self._stopped)
-            self._raise_failure()
+    def take_turn(self, piece: Piece) -> bool:
+        """Wait until all pieces before this one have written; False if the work is to stop instead."""
+        if piece.before is not None:
+            piece.before.acquire()
+        return not self._stopped
 
-    def close(self) -> None:
-        """Let requests in flight end, drop what waits, end the threads."""
+    def end_turn(self, piece: Piece) -> None:
+        """Let the piece after this one write.  Who never takes a turn need not end it."""
+        piece.is_written = True
+        piece.after.release()
+
+    def _pause_point(self) -> None:
+        if self._control.stop_requested:
+            self._settle()
+        self._control.pause_point()
+        if self._parked:
+            with self._changed:
+                self._helping += self._parked
+                self._parked = 0
+                self._changed.notify_all()
+
+    def _settle(self) -> None:
+        """Wait until no helper does anything: all is done, or the job is to stop."""
         with self._changed:
-            self._closed = True
-            self._waiting.clear()
+            self._changed.wait_for(lambda: not self._helping)
+
+    def _close(self) -> None:
+        """Let requests in flight end, and the threads."""
+        with self._changed:
+            self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def take_turn(self, piece: Piece) -> bool:
-        """Wait until all pieces before this one have written; False if the work is to stop instead."""
+    def _start_helper(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._turn == piece.index or self._stopped)
-            return not self._stopped
+            if len(self._threads) + 1 >= self._size or self._stopped:
+                return
+            self._helping += 1
+            thread = threading.Thread(target=self._help, name="blocklib copy", daemon=True)
+            self._threads.append(thread)
+        thread.start()
 
-    def end_turn(self) -> None:
+    def _take(self) -> Piece | None:
+        """The next piece, or None if there is none, or the work has stopped."""
+        try:
+            with self._taking:
+                piece = None if self._stopped else self._ahead
+                if piece is None:
+                    return None
+                self._ahead = next(self._pieces, None)
+                piece.before, self._last = self._last, piece.after
+        except BaseException as exc:
+            self._fail(exc)
+            return None
+        if self._ahead is not None and len(self._threads) + 1 < self._size:
+            self._start_helper()
+        self._control.begin(piece.copied * self._reads)
+        return piece
+
+    def _do(self, piece: Piece, buffer: memoryview) -> None:
+        try:
+            self._work(piece, buffer)
+        except BaseException as exc:  # it is raised again by `run`
+            self._fail(exc)
+        finally:
+            if not piece.is_written:
+                self.end_turn(piece)
+
+    def _fail(self, failure: BaseException) -> None:
         with self._changed:
-            self._turn += 1
+            self._failure = self._failure or failure
+            self._stopped = True
             self._changed.notify_all()
 
-    @property
-    def _stopped(self) -> bool:
-        return self._closed or self._failure is not None
+    # -- in a helper --------------------------------------------------------------------------------------------------
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _main(self) -> None:
-        buffer = memoryview(mmap.mmap(-1, BUFFER))
-        while True:
+    def _help(self) -> None:
+        try:
+            buffer = _new_buffer()
+            while self._may_take():
+                piece = self._take()
+                if piece is None:
+                    break
+                self._do(piece, buffer)
+        except BaseException as exc:
+            self._fail(exc)
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopped)
+                self._helping -= 1
+                self._changed.notify_all()
+
+    def _may_take(self) -> bool:
+        """Wait for the speed limit, and while the job is paused; False if the work has stopped."""
+        while not self._control.wait_to_begin():
+            with self._changed:
+                self._helping -= 1
+                self._parked += 1
+                self._changed.notify_all()
+                # Who lets us go on counts us as helping again.
+                self._changed.wait_for(lambda: self._stopped or not self._parked)
                 if self._stopped:
-                    return
-                piece = self._waiting.popleft()
-                self._busy += 1
-                self._changed.notify_all()
-            failure: BaseException | None = None
-            try:
-                self._work(piece, buffer)
-            except BaseException as exc:  # it is raised again in `submit` or `settle`
-                failure = exc
-            with self._changed:
-                self._busy -= 1
-                self._failure = self._failure or failure
-                self._changed.notify_all()
+                    self._helping += 1
+                    return False
+        return True
+
+
+def _new_buffer() -> memoryview:
+    if sys.platform == "win32":
+        return memoryview(mmap.mmap(-1, BUFFER))
+    return memoryview(mmap.mmap(-1, BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -194,6 +194,7 @@ class Job(Generic[R]):
             if self._control.pausing:
                 self._refuse("pause", "already paused")
             self._control.pausing = True
+            self._changed.notify_all()
 
     def resume(self) -> None:
         """Let a paused job go on.  Raises JobStateError for one that is not paused."""

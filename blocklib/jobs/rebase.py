@@ -117,7 +117,8 @@ def _copy_differences(control: Control, top: Disk, new: Disk | None) -> int:
     """Copy into `top` what reads differently through `new`; the bytes copied."""
     shown = Concatenation([new] if new is not None else [], size=top.size)
     runs = without_equal_zeroes(_runs_in_question(top, new), runs_of(top, 0, top.size), shown.runs())
-    copy = BlockCopy(control, top, top, block=top.node.data_unit() or 0, shown=shown)
+    block = top.node.data_unit() or 0
+    copy = BlockCopy(control, top, top, block=block, unit=block or 1, shown=shown)
     copy.run(runs)
     return copy.bytes_written
 

@@ -7,6 +7,7 @@ COMPARE it with what the target shows through there and copy what differs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from threading import Lock
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blocklib import status
@@ -25,9 +26,11 @@ Run: TypeAlias = tuple[int, int, int]
 """(guest offset, length, what to do): bytes."""
 
 PIECE: Final = 2 << 20
-"""A piece of work copies at most so many bytes, all from one window of this size and alignment."""
+"""A piece of work copies at most so many bytes."""
 _MOST_RUNS: Final = 1024
 """And it has at most so many runs."""
+_PAGE: Final = 4096
+_READ: Final = (COPY, COMPARE)
 
 _FIRST_WINDOW: Final = 256 << 20
 _LAST_WINDOW: Final = 1 << 42
@@ -156,43 +159,54 @@ def without_equal_zeroes(runs: Iterable[Run], source: Iterable[Run], shown: Iter
 
 
 class Piece:
-    """Runs that one worker does with one buffer: what they read lies in the window that begins at `window`."""
+    """Runs that one worker does with one buffer."""
 
-    __slots__ = ("copied", "index", "length", "runs", "window")
+    __slots__ = ("after", "before", "copied", "filled", "index", "is_written", "length", "runs")
 
-    def __init__(self, index: int, window: int) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.window = window
-        self.runs: list[Run] = []
+        self.runs: list[tuple[int, int, int, int]] = []
+        """(guest offset, length, what, where in the buffer its bytes go)"""
         self.length = 0
         """Bytes of the disk that are done with the piece."""
         self.copied = 0
         """Bytes of them that have to be read."""
+        self.filled = 0
+        """Bytes of the buffer that are taken."""
+        self.before: Lock | None = None
+        """Free once the pieces before this one have been written."""
+        self.after = Lock()
+        """Free once this one has been, too."""
+        self.after.acquire()
+        self.is_written = False
 
-    def add(self, offset: int, length: int, what: int) -> None:
+    def add(self, offset: int, length: int, what: int, at: int) -> None:
         if what != SKIP:
-            self.runs.append((offset, length, what))
+            self.runs.append((offset, length, what, at))
         self.length += length
-        if what in (COPY, COMPARE):
+        if what in _READ:
             self.copied += length
+            self.filled = at + length
 
 
-def pieces(runs: Iterable[Run]) -> Iterator[Piece]:
-    """Cut runs into pieces, in order."""
-    piece = Piece(0, -1)
+def pieces(runs: Iterable[Run], unit: int = 1) -> Iterator[Piece]:
+    """Cut runs into pieces, in order; a run that is read is cut only at multiples of `unit` bytes, at most PIECE.
+
+    In the buffer it lies as it does in a page, which is how direct I/O wants it.
+    """
+    piece = Piece(0)
     for offset, length, what in runs:
         end = offset + length
         while offset < end:
-            n, window = end - offset, piece.window
-            if what in (COPY, COMPARE):
-                window = offset // PIECE * PIECE
-                n = min(end, window + PIECE) - offset
-            if len(piece.runs) >= _MOST_RUNS or piece.window not in (-1, window):
+            n, at = end - offset, 0
+            if what in _READ:
+                at = piece.filled + (offset - piece.filled) % _PAGE
+                n = min(end, (offset + PIECE - at) // unit * unit) - offset
+            if n <= 0 or len(piece.runs) >= _MOST_RUNS:
                 yield piece
-                piece = Piece(piece.index + 1, -1)
-            if what in (COPY, COMPARE):
-                piece.window = window
-            piece.add(offset, n, what)
+                piece = Piece(piece.index + 1)
+                continue
+            piece.add(offset, n, what, at)
             offset += n
     if piece.length:
         yield piece

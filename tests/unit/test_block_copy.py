@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ from blocklib.errors import (
     UsageError,
 )
 from blocklib.jobs.block_copy import BlockCopy
-from blocklib.jobs.control import Control
+from blocklib.jobs.control import Control, Task
 from blocklib.jobs.crew import Crew
 from blocklib.jobs.ends import Concatenation
+from blocklib.jobs.job import Job
 from blocklib.jobs.runs import (
     COMPARE,
     COPY,
@@ -147,23 +149,48 @@ def test_what_is_zero_on_both_sides_is_not_compared() -> None:
     assert list(without_equal_zeroes(asked, source, shown)) == [(0, 10, SKIP), (10, 20, COMPARE), (30, 10, COPY)]
 
 
-def test_pieces_cover_everything_once_and_stay_in_one_window() -> None:
-    rng = random.Random(7)
+def mixed_runs(seed: int) -> list[Run]:
+    rng = random.Random(seed)
     found: list[Run] = []
     start = 0
     for _ in range(400):
         length = rng.choice([512, 4096, PIECE // 3, PIECE, 5 * PIECE]) + rng.randrange(0, 8) * 512
         found.append((start, length, rng.choice([SKIP, COPY, ZERO, COMPARE])))
         start += length
-    cut = list(pieces(found))
+    return found
+
+
+@pytest.mark.parametrize("unit", [1, 4096, 65536, PIECE])
+def test_pieces_cover_everything_once_and_fit_the_buffer(unit: int) -> None:
+    found = mixed_runs(unit)
+    cut = list(pieces(found, unit))
     assert [piece.index for piece in cut] == list(range(len(cut)))
-    assert sum(piece.length for piece in cut) == start
+    assert sum(piece.length for piece in cut) == sum(found[-1][:2])
     for piece in cut:
-        reading = [(s, n) for s, n, what in piece.runs if what in (COPY, COMPARE)]
-        assert sum(n for _s, n in reading) == piece.copied <= PIECE
-        assert all(piece.window <= s and s + n <= piece.window + PIECE for s, n in reading)
-    kept = [run for piece in cut for run in piece.runs]
+        end = 0
+        reading = [(s, n, at) for s, n, what, at in piece.runs if what in (COPY, COMPARE)]
+        for start, length, at in reading:
+            assert end <= at < end + 4096
+            assert at % 4096 == start % 4096
+            end = at + length
+        assert end <= PIECE
+        assert piece.copied == sum(n for _s, n, _at in reading)
+    kept = [(s, n, what) for piece in cut for s, n, what, _at in piece.runs]
     assert list(coalesced(kept)) == [run for run in coalesced(found) if run[2] != SKIP]
+
+
+@pytest.mark.parametrize("unit", [4096, 65536, PIECE])
+def test_a_run_is_cut_between_units_only(unit: int) -> None:
+    found = mixed_runs(unit + 1)
+    ends = {start + length for start, length, _what in found}
+    for piece in pieces(found, unit):
+        for start, length, what, _at in piece.runs:
+            assert what == ZERO or (start + length) % unit == 0 or start + length in ends
+
+
+def test_small_runs_share_a_piece() -> None:
+    found = [(i * MiB, 4096, COPY) if i % 2 else (i * MiB, MiB, SKIP) for i in range(100)]
+    assert len(list(pieces(found))) == 1
 
 
 @pytest.mark.parametrize("kinds", [(COPY, ZERO), (SKIP, ZERO), (COPY, SKIP)], ids=["data", "zeroes", "gaps"])
@@ -177,14 +204,8 @@ def test_many_small_runs_make_many_pieces(kinds: tuple[int, int]) -> None:
 # -- zeroes and differences in a buffer -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["plain", "numpy"])
-def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BlockScanner:
-    if request.param == "plain":
-        modules = {name: module for name, module in sys.modules.items() if name != "numpy"}
-        monkeypatch.setattr("blocklib.jobs.zero_runs.sys.modules", modules)
-    else:
-        monkeypatch.setattr("blocklib.jobs.zero_runs._FEW_BYTES", 0)
-        monkeypatch.setattr("blocklib.jobs.zero_runs._FEW_BLOCKS", 0)
+@pytest.fixture
+def scanner() -> BlockScanner:
     return BlockScanner(64)
 
 
@@ -221,62 +242,115 @@ def test_differences_are_found_in_blocks_of_the_disk(scanner: BlockScanner, offs
         assert found == expected_parts(content, other, offset, 64)
 
 
-def test_plain_scanning_takes_numpy_only_for_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {name: module for name, module in sys.modules.items() if name != "numpy"}
-    monkeypatch.setattr("blocklib.jobs.zero_runs.sys.modules", modules)
-    monkeypatch.setattr("blocklib.jobs.zero_runs._vector_parts", lambda *_: pytest.fail("numpy was used"))
-    assert BlockScanner(4096).data_parts(memoryview(bytes(MiB)), 0) == []
-
-
 # -- the crew ---------------------------------------------------------------------------------------------------------
 
 
-def piece(index: int) -> Piece:
-    return Piece(index, 0)
+def numbered(count: int) -> Iterator[Piece]:
+    return (Piece(index) for index in range(count))
 
 
-def test_a_crew_starts_no_more_threads_than_there_is_work() -> None:
+def test_a_crew_starts_no_thread_for_one_piece() -> None:
+    names: list[str] = []
+    Crew(control(), lambda _piece, _buffer: names.append(threading.current_thread().name), 4).run(numbered(1))
+    assert names == [threading.current_thread().name]
+
+
+def test_as_many_threads_work_as_there_may_be() -> None:
+    all_here = threading.Barrier(3, timeout=30)
     names: set[str] = set()
-    crew = Crew(lambda _piece, _buffer: names.add(threading.current_thread().name), 4)
-    crew.submit(piece(0))
-    crew.settle()
-    crew.close()
-    assert len(crew._threads) == 1
+
+    def work(_piece: Piece, _buffer: memoryview) -> None:
+        names.add(threading.current_thread().name + str(threading.get_ident()))
+        all_here.wait()
+
+    Crew(control(), work, 3).run(numbered(3))
+    assert len(names) == 3
 
 
-def test_the_first_failure_is_raised_to_who_submits_and_stops_the_rest() -> None:
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_failure_is_raised_and_stops_the_rest(size: int) -> None:
     done: list[int] = []
 
     def work(item: Piece, _buffer: memoryview) -> None:
+        if not crew.take_turn(item):
+            return
         if item.index == 3:
             raise ValueError("three")
         done.append(item.index)
 
-    def submit_all(crew: Crew) -> None:
-        for index in range(1000):
-            crew.submit(piece(index))
-        crew.settle()
-
-    crew = Crew(work, 1)
+    crew = Crew(control(), work, size)
     with pytest.raises(ValueError, match="three"):
-        submit_all(crew)
-    crew.close()
+        crew.run(numbered(1000))
     assert done == [0, 1, 2]
 
 
-def test_closing_lets_go_of_those_who_wait_for_their_turn() -> None:
-    turns: list[bool] = []
-    waiting = threading.Event()
+def test_what_fails_to_find_the_next_piece_is_raised() -> None:
+    def broken() -> Iterator[Piece]:
+        yield from numbered(2)
+        raise ValueError("no more")
 
-    def work(item: Piece, _buffer: memoryview) -> None:
-        waiting.set()
-        turns.append(crew.take_turn(item))
+    with pytest.raises(ValueError, match="no more"):
+        Crew(control(), lambda *_: None, 2).run(broken())
 
-    crew = Crew(work, 2)
-    crew.submit(piece(1))  # piece 0 never comes
-    waiting.wait()
-    crew.close()
-    assert turns == [False]
+
+def test_a_job_that_is_paused_has_nothing_in_flight_and_goes_on_with_all_threads() -> None:
+    working = Barred()
+    job: Job[int] = Job(Pieces(working, 3)).start()
+    with job:
+        working.begun.acquire(timeout=30)
+        job.pause()
+        working.free()
+        for event in job.events():
+            if event.status == "paused":
+                break
+        assert working.inside == 0
+        before = working.done
+        assert before < 1000
+        job.resume()
+        assert job.wait() == 1000
+        assert working.done == 1000
+
+
+class Barred:
+    """Work that begins only when it is set free, and counts who is inside."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Semaphore(0)
+        self.inside = self.done = 0
+        self._gate = threading.Event()
+        self._lock = threading.Lock()
+
+    def free(self) -> None:
+        self._gate.set()
+
+    def __call__(self, _piece: Piece, _buffer: memoryview) -> None:
+        with self._lock:
+            self.inside += 1
+        self.begun.release()
+        self._gate.wait(30)
+        with self._lock:
+            self.inside -= 1
+            self.done += 1
+
+
+class Pieces(Task[int]):
+    verb = "test"
+
+    def __init__(self, work: Barred, size: int) -> None:
+        self._work = work
+        self._size = size
+
+    def run(self, control: Control) -> int:
+        Crew(control, self._work, self._size).run(numbered(1000))
+        return self._work.done
+
+
+def test_the_speed_limit_is_for_all_threads_together() -> None:
+    watched = Control("test", speed=100 * MiB)
+    began = watched.clock.now()
+    BlockCopy(watched, Store(pattern(PIECE)), Store(bytes(PIECE)), threads=3).run([(0, PIECE // 4, COPY)])
+    assert watched.wait_to_begin()
+    assert watched.clock.now() - began >= PIECE / 4 / (100 * MiB)
 
 
 # -- copying ----------------------------------------------------------------------------------------------------------
