@@ -127,7 +127,8 @@ def compile_sources(sources: Mapping[str, Source], helpers: Mapping[str, Functio
     codes = {}
     for name, source in sources.items():
         signature = _type(numba, source.result)(*(_type(numba, parameter) for parameter in source.parameters))
-        function = numba.njit(signature, nogil=True, error_model="numpy", no_cpython_wrapper=True)(
+        # Inlined into what C calls, a kernel that never fails leaves nothing of the code there that reports failures.
+        function = numba.njit(signature, forceinline=True, nogil=True, error_model="numpy", no_cpython_wrapper=True)(
             with_globals(source.function, replaced)
         )
         compiled = next(iter(function.overloads.values()))
