@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blocklib.errors import ImageCorruptError
@@ -25,6 +25,8 @@ _FAST_LEVELS: Final = range(1, 4)
 _MOST_EXCESS: Final = 1.05
 """What the default level may take, by its own estimate, in terms of zlib's level 6, which is what QEMU uses."""
 _SAMPLE: Final = 1 << 16
+_UNKNOWN_SIZE: Final = -1
+"""What zstandard answers for a frame that does not announce its size."""
 
 _per_thread = threading.local()
 
@@ -151,6 +153,24 @@ def decompress(
     return result
 
 
+def decompress_all(
+    data: memoryview,
+    streams: Sequence[tuple[int, int, memoryview]],
+    compression_type: int,
+    *,
+    host_offset: int,
+    node: str | None,
+) -> None:
+    """Fill a cluster from each of `streams`: (where it begins in `data`, its length at most, the cluster).
+
+    `data` lies at `host_offset`.  Raises ImageCorruptError for the first that is damaged.
+    """
+    for start, length, cluster in streams:
+        cluster[:] = decompress(
+            data[start : start + length], len(cluster), compression_type, host_offset=host_offset + start, node=node
+        )
+
+
 def _inflate(data: bytes | bytearray | memoryview, cluster_size: int, host_offset: int, node: str | None) -> bytes:
     from isal import igzip_lib
 
@@ -165,21 +185,21 @@ def _inflate(data: bytes | bytearray | memoryview, cluster_size: int, host_offse
 def _unzstd(data: bytes | bytearray | memoryview, cluster_size: int, host_offset: int, node: str | None) -> bytes:
     import zstandard
 
-    parts = []
     try:
-        # What announces its size, as QEMU's frames and ours do, goes in one step, into no more memory than that.
-        if zstandard.frame_content_size(data) == cluster_size:
-            return _zstd_decompressor().decompress(data, allow_extra_data=True)
+        announced = zstandard.frame_content_size(data)
+        if announced in (cluster_size, _UNKNOWN_SIZE):
+            try:  # in one step, into no more memory than a cluster
+                return _zstd_decompressor().decompress(data, max_output_size=cluster_size, allow_extra_data=True)
+            except zstandard.ZstdError:
+                if announced == cluster_size:
+                    raise
+        elif announced < cluster_size:
+            raise _damaged(host_offset, f"{announced} bytes", node)
+        # It may be that the frame holds more: decompressing stops when it has produced a cluster.
         with zstandard.ZstdDecompressor().stream_reader(data, read_size=len(data)) as reader:
-            while cluster_size:  # a frame that ends early gives fewer bytes
-                part = reader.read(cluster_size)
-                if not part:
-                    break
-                parts.append(part)
-                cluster_size -= len(part)
+            return reader.read(cluster_size)
     except zstandard.ZstdError as exc:
         raise _damaged(host_offset, str(exc), node) from exc
-    return b"".join(parts)
 
 
 def _zstd_decompressor() -> ZstdDecompressor:

@@ -97,6 +97,11 @@ class Mapping:
         """Those that it may point at or not, because a flush failed."""
         self.data_flags = FLAG_DATA | FLAG_ALLOCATED | FLAG_OFFSET_VALID
         """What to report of a plain data cluster; FLAG_RECURSE is added for preallocated images."""
+        self.decompressed: tuple[int, bytes] | None = None
+        """A compressed descriptor and the cluster behind it, the last of which a part was read.
+
+        Only a compressed write puts another stream where one was, and forgets this before its descriptor can be found.
+        """
 
     def report_holes(self) -> None:
         """Data clusters may be holes in the file (preallocation): let block status ask it."""
@@ -124,7 +129,9 @@ class Mapping:
         if self.external:
             self.check_external(entry, offset - in_cluster)
         if entry & _COMPRESSED:
-            n = min(length, self._cluster_size - in_cluster)
+            while j < stop and table[j] & _COMPRESSED:
+                j += 1
+            n = min(length, ((j - index) << self._cluster_bits) - in_cluster)
             return KIND_SPECIAL, None, 0, n, FLAG_DATA | FLAG_ALLOCATED | FLAG_COMPRESSED
         if entry & _ZERO:
             if not self.zero_flag_allowed:

@@ -127,6 +127,7 @@ def _refuse_allocated(node: Qcow2Node, claim: _Claim) -> None:
 
 def _write(node: Qcow2Node, claim: _Claim) -> None:
     """Send the streams to the file, neighbours together."""
+    node.mapping.decompressed = None
     start = 0
     while start < len(claim.streams):
         stop = start + 1

@@ -72,7 +72,10 @@ class SubclusterMapping(Mapping):
         if self.external:
             self.check_external(entry, offset - in_cluster)
         if entry & _COMPRESSED:
-            n = min(length, self._cluster_size - in_cluster)
+            j, stop = index + 2, index + ((in_cluster + length + self._cluster_mask) >> self._cluster_bits << 1)
+            while j < min(stop, len(table)) and table[j] & _COMPRESSED:
+                j += 2
+            n = min(length, ((j - index) >> 1 << self._cluster_bits) - in_cluster)
             return KIND_SPECIAL, None, 0, n, FLAG_DATA | FLAG_ALLOCATED | FLAG_COMPRESSED
         host_offset = self._checked(offset, entry, bitmap)
         first = in_cluster >> self.geometry.subcluster_bits
