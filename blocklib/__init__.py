@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         SnapshotInfo,
     )
     from blocklib.snapshots import InternalSnapshot
+    from blocklib.throttling import ThrottleGroup
     from blocklib.verbs import amend, check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {
@@ -82,6 +83,7 @@ _PLACES = {
     "RANGE_DTYPE": "extents",
     "Reference": "policy",
     "Secret": "crypto.secrets",
+    "ThrottleGroup": "throttling",
     "describe_options": "options",
     "create": "creating",
     "info": "opening",
@@ -180,6 +182,7 @@ __all__ = [
     "SnapshotInfo",
     "StalePlanError",
     "StorageError",
+    "ThrottleGroup",
     "TiB",
     "UnsupportedFeatureError",
     "UsageError",

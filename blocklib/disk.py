@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable
+    from blocklib.insertion import InsertedFilter
     from blocklib.node import Node
     from blocklib.snapshots import Snapshots
 
@@ -70,13 +71,25 @@ class Disk:
 
     @property
     def node(self) -> Node:
-        """The top node of the graph."""
+        """The top image; filters may stand above it."""
+        return status.skip_filters(self._open_root().node)
+
+    def _open_root(self) -> graph.Edge:
         root = self._root
         if root is None:
             raise ClosedError("the disk is closed")
         if self._tracker.flags & FORKED:
             raise ClosedError(FORKED_TEXT)
-        return root.node
+        return root
+
+    def insert_filter(self, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
+        """Put a filter above the images, under live requests; `options` are the driver's, without "file".
+
+        ``remove`` of the result takes it away again.  Raises OptionError.
+        """
+        from blocklib.insertion import insert
+
+        return insert(self._open_root(), driver, options)
 
     @property
     def mode(self) -> Literal["r", "r+"]:
@@ -243,7 +256,7 @@ class Disk:
         tracker = self._tracker
         tracker.enter()
         try:
-            self.node.flush()
+            self._open_root().node.flush()
         finally:
             tracker.leave()
 

@@ -23,12 +23,17 @@ _PROTOCOLS = {
     "memory": "blocklib.protocols.memory:MemoryNode",
     "null-co": "blocklib.protocols.null:NullNode",
 }
-_PLACES = _FORMATS | _PROTOCOLS
+_FILTERS = {
+    "throttle": "blocklib.filters.throttle:ThrottleNode",
+}
+_PLACES = _FORMATS | _PROTOCOLS | _FILTERS
 
 FORMATS = tuple(sorted(_FORMATS))
 """Drivers that interpret the bytes of another node, by name."""
 PROTOCOLS = tuple(sorted(_PROTOCOLS))
 """Drivers that fetch bytes, by name."""
+FILTERS = tuple(sorted(_FILTERS))
+"""Drivers that stand between others, by name."""
 
 
 def names() -> tuple[str, ...]:

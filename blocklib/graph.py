@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from blocklib import plan
 from blocklib.buffers import pieces_of, zero_fill
 from blocklib.errors import GraphConflictError
-from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Node, PendingChange, Preallocation
+from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Filter, Node, PendingChange, Preallocation
 
 if TYPE_CHECKING:
     from blocklib.requests import RequestTracker
@@ -367,12 +367,17 @@ def drained(*nodes: Node) -> Iterator[None]:
     """No request of any user is inside while the block runs; nests.  Raises UsageError from inside a request."""
     with lock:
         trackers = []
+        holding: set[Filter] = set()
         for node in nodes:
             for edge in roots_above(node):
                 if edge.tracker is not None and edge.tracker not in trackers:
                     trackers.append(edge.tracker)
+                    below = (edge.node, *_below(edge.node))
+                    holding.update(found for found in below if isinstance(found, Filter) and found.holds_requests)
     held = []
     try:
+        for found in holding:
+            found.hurry(True)
         for tracker in trackers:
             tracker.drain()
             held.append(tracker)
@@ -380,6 +385,8 @@ def drained(*nodes: Node) -> Iterator[None]:
     finally:
         for tracker in held:
             tracker.undrain()
+        for found in holding:
+            found.hurry(False)
 
 
 @contextmanager
@@ -409,7 +416,8 @@ def chain(node: Node) -> list[Node]:
     nodes: list[Node] = []
     current: Node | None = node
     while current is not None:
-        nodes.append(current)
+        if not current.is_filter:
+            nodes.append(current)
         edge = current.children.get("backing")
         if edge is None and current.is_filter:
             edge = current.children.get("file")

@@ -537,3 +537,8 @@ class Filter(Node):
     """Passes its one child ("file") through unchanged.  What a filter does not declare is refused, never forwarded."""
 
     is_filter = True
+    holds_requests: ClassVar[bool] = False
+    """Requests may wait in this node for longer than they take; `hurry` lets them go."""
+
+    def hurry(self, hurried: bool) -> None:
+        """A drain waits for the requests inside: hold none of them back until it has ended.  Nests."""

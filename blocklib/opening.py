@@ -328,6 +328,8 @@ class _Builder:
         if driver in drivers.PROTOCOLS:
             return self._protocol(driver, options, path, read_only=read_only)
         passed_down = {name: _dig(options, name) for name in _INHERITED}
+        if driver in drivers.FILTERS:
+            return self._filter(driver, options, path, read_only=read_only, inherited=passed_down)
         below = options.pop("file", None)
         if below is None and path is None and "filename" in options:
             below = {"driver": "file", "filename": options.pop("filename")}
@@ -385,6 +387,27 @@ class _Builder:
         if "driver" not in spec:
             spec["driver"] = "file"
         return self.build(spec, None, read_only=read_only, inherited=inherited)
+
+    def _filter(
+        self,
+        driver: str,
+        options: dict[str, Any],
+        path: str | os.PathLike[str] | None,
+        *,
+        read_only: bool,
+        inherited: Mapping[str, Any],
+    ) -> Node:
+        """A filter over its child, which does with discards and zeroes what the filter was told to do."""
+        typed = check_options(driver, {**options, "file": {}})
+        read_only = read_only or bool(typed["read-only"])
+        inherited = {**inherited, **{name: _dig(options, name) for name in ("discard", "detect-zeroes")}}
+        child = self._file_child(options.get("file"), path, read_only=read_only, inherited=inherited)
+        node = _make(driver, typed, read_only=read_only or child.read_only, filename=child.filename)
+        with graph.Transaction() as change:
+            change.attach(node, "file", child)
+        self.nodes.append(node)
+        node.load()
+        return node
 
     def _probe(self, file_node: Node) -> str:
         from blocklib import plan

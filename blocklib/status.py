@@ -43,6 +43,7 @@ def block_status(node: Node, offset: int, length: int) -> Status:
     Not allocated (no FLAG_ALLOCATED) means that the backing node determines the content; where there is none, or it ends
     before `offset`, that is zero.
     """
+    node = skip_filters(node)
     kind, child, child_offset, n, flags = node.resolve(offset, length)
     if node.is_leaf:
         return n, flags, 0, child_offset, node

@@ -18,14 +18,14 @@ MAX_LINES = 650
 # A room may import itself and the rooms of the floors below its own.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_fast", "errors", "records"}),
-    frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes"}),
+    frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes", "throttling"}),
     frozenset({"dirty_bits", "options"}),
     frozenset({"policy"}),
     frozenset({"nbd", "node", "probe", "tracking"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),
-    frozenset({"bitmaps", "snapshots"}),
+    frozenset({"bitmaps", "insertion", "snapshots"}),
     frozenset({"disk"}),
     frozenset({"opening"}),
     frozenset({"creating"}),

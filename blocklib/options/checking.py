@@ -140,6 +140,8 @@ def _typed(driver: str, option: Option, value: Any) -> Any:
             return _as_choice(driver, option, value)
         case "secret":
             return _as_secret(driver, option, value)
+        case "throttle-group":
+            return _as_throttle_group(driver, option, value)
         case "node":
             return _as_child(driver, option, value)
         case _:
@@ -193,6 +195,14 @@ def _as_secret(driver: str, option: Option, value: Any) -> Any:
     if not isinstance(value, (str, Secret)):  # not shown: it may be a secret in the wrong wrapping
         text = f"option {option.name!r} is a blocklib.Secret, not {type(value).__name__}"
         raise OptionError(f"{driver}: {text}" if driver else text, option=option.name, driver=driver or None)
+    return value
+
+
+def _as_throttle_group(driver: str, option: Option, value: Any) -> Any:
+    from blocklib.throttling import ThrottleGroup
+
+    if not isinstance(value, ThrottleGroup):
+        raise _bad(driver, option, value, "is a blocklib.ThrottleGroup")
     return value
 
 

@@ -13,9 +13,9 @@ from blocklib.drivers import check_name
 from blocklib.errors import OptionError
 from blocklib.sizes import MAX_SIZE, GiB, MiB
 
-Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node", "secret"]
-"""`name` is the name of a node; `secret` a Secret, or the id of one; `node` is a child: nested options, a name of a node or
-file, an open disk, or None."""
+Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group"]
+"""`name` is the name of a node; `secret` a Secret, or the id of one; `throttle-group` a ThrottleGroup; `node` is a child:
+nested options, a name of a node or file, an open disk, or None."""
 Table: TypeAlias = Literal["open", "create", "amend"]
 
 
@@ -146,6 +146,10 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
         Option("file", "node", "The node or file that holds the bytes", required=True),
         Option("offset", "size", "Where in it the disk begins", default=0),
         Option("size", "size", "Size of the disk; default: up to the end of the file"),
+    ),
+    "throttle": (
+        Option("file", "node", "The node that is throttled", required=True),
+        Option("throttle-group", "throttle-group", "The limits, and who shares them", required=True),
     ),
 }
 """What each driver takes when opened, beside COMMON."""

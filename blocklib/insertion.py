@@ -1,0 +1,49 @@
+"""Filters put above a disk's images, and taken away again, while requests go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from blocklib import drivers, graph
+from blocklib.errors import OptionError, UsageError
+from blocklib.options import check_options
+
+if TYPE_CHECKING:
+    from blocklib.node import Node
+
+
+class InsertedFilter:
+    """A filter above the images of a disk, until `remove`."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        """The filter."""
+
+    def __repr__(self) -> str:
+        return f"<InsertedFilter {self.node.driver} {self.node.name}>"
+
+    def remove(self) -> None:
+        """Take the filter away; what is inside it ends first.  Raises UsageError where it is gone already."""
+        node = self.node
+        with graph.alone(node):
+            if not node.parents:
+                raise UsageError(f"the filter {node.name} stands above nothing any more", node=node.name)
+            with graph.Transaction() as change:
+                for edge in tuple(node.parents):
+                    change.redirect(edge, node.children["file"].node)
+
+
+def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
+    """Put a new filter between a user and what its edge `root` points at.  Raises OptionError."""
+    if driver not in drivers.FILTERS:
+        known = ", ".join(drivers.FILTERS)
+        raise OptionError(f"{driver!r} is no filter; there are {known}", option="driver", choices=drivers.FILTERS)
+    typed = check_options(driver, {**options, "file": {}})
+    with graph.alone(root.node):
+        below = root.node
+        node = drivers.load(driver).from_options(typed, read_only=below.read_only, filename=below.filename)
+        with graph.Transaction() as change:
+            change.attach(node, "file", below)
+            change.redirect(root, node)
+    return InsertedFilter(node)
