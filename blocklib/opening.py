@@ -121,11 +121,13 @@ def open_disk(
     guess_raw: bool = False,
     secrets: Mapping[str, Secret] | None = None,
     locked: bool = False,
+    aio: str = "threads",
 ) -> Disk:
     """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image.
 
     ``data_file=None`` opens no data file, for who changes nothing but metadata.  `secrets` are those that options, also of
-    images below, may name by their ids.  `locked`: no data will be read, so that encrypted images need no secret.
+    images below, may name by their ids.  `locked`: no data will be read, so that encrypted images need no secret.  `aio` is
+    for every file of the chain whose options do not say it.
     """
     if mode not in ("r", "r+"):
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
@@ -160,6 +162,7 @@ def open_disk(
         with_data_file=data_file is not None,
         secrets=secrets,
         locked=locked,
+        aio=aio,
     )
     try:
         node = builder.build(spec, path, read_only=mode == "r", inherited={})
@@ -286,6 +289,7 @@ class _Builder:
         with_data_file: bool = True,
         secrets: Mapping[str, Secret] | None = None,
         locked: bool = False,
+        aio: str = "threads",
     ) -> None:
         self._references = references
         self._limits = limits
@@ -294,6 +298,7 @@ class _Builder:
         self._with_data_file = with_data_file
         self._secrets = secrets if secrets is not None else {}
         self._locked = locked
+        self._aio = aio
         self.nodes: list[Node] = []
 
     def release(self) -> None:
@@ -358,6 +363,8 @@ class _Builder:
     ) -> Node:
         if path is not None:
             _merge_options(options, {"filename": os.fspath(path)})
+        if driver == "file":
+            options.setdefault("aio", self._aio)
         typed = check_options(driver, options)
         node = _make(driver, typed, read_only=read_only or bool(typed["read-only"]))
         if isinstance(path, RestrictedFile):

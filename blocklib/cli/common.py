@@ -143,12 +143,13 @@ def open_image(
     snapshot: Mapping[str, str] | None = None,
     with_data_file: bool = True,
     locked: bool = False,
+    aio: str = "threads",
 ) -> Disk:
     """Open an image with its chain as qemu-img does; with --untrusted as the library does, which opens no reference.
 
     Without `share`, -U is for other images of the command line.  `alone`: without what is below it.  `snapshot`: options
     that name the snapshot to be read.  Without `with_data_file`, only metadata is going to be touched.  `locked`: no data
-    will be read, so that no secret is needed.
+    will be read, so that no secret is needed.  `aio`: how the files of the chain keep requests in flight.
     """
     from blocklib.opening import FROM_IMAGE, open_disk
 
@@ -167,6 +168,7 @@ def open_image(
         options=snapshot,
         secrets=given.secrets,
         locked=locked,
+        aio=aio,
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "amend": "change options that an image was made with",
+    "bench": "time many requests to an image",
     "bitmap": "add, remove, merge and change the dirty bitmaps of an image",
     "check": "look for damage and leaked clusters, and repair them",
     "commit": "write what an image holds into one below it",

@@ -65,6 +65,11 @@ def test_snapshots_of_a_small_image_import_no_heavy_package(image: Path) -> None
         assert not HEAVY & _imported_by("-m", "blocklib", "snapshot", *arguments, str(image))
 
 
+def test_a_short_bench_imports_no_heavy_package(image: Path) -> None:
+    for write in ([], ["-w"]):
+        assert not HEAVY & _imported_by("-m", "blocklib", "bench", *write, "-c", "100", str(image))
+
+
 def test_one_read_of_a_small_image_imports_no_heavy_package(image: Path) -> None:
     code = "import sys, blocklib\nwith blocklib.open(sys.argv[1]) as disk: assert disk.read(0, 512) == bytes(512)"
     assert not HEAVY & _imported_by("-c", code, str(image))

@@ -1,0 +1,161 @@
+"""``bench``: send many requests of one length to an image, a step apart, and tell how long they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from blocklib.cli.common import (
+    CACHE_MODES,
+    FORCE_SHARE,
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    cache_mode,
+    check_objects,
+    name_of,
+    one_operand,
+    open_image,
+    size_value,
+    warn_of_guess,
+)
+from blocklib.cli.getopt import Given, Option, Syntax
+from blocklib.cli.session import Failure, Session
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+
+SYNTAX = Syntax(
+    "FILE",
+    "Send requests to an image, as many at a time as the queue is deep, and tell how long all of them took.",
+    (
+        Option(("-c",), "COUNT", "number of requests (default: 75000)"),
+        Option(("-d",), "DEPTH", "requests sent at a time (default: 64)"),
+        FORMAT,
+        IMAGE_OPTS,
+        OBJECT,
+        Option(("-i", "--aio"), "MODE", "how files keep requests in flight: threads (default), native, io_uring"),
+        Option(("-n", "--native"), None, "short for -i native"),
+        Option(("-o",), "OFFSET", "guest offset of the first request (default: 0)"),
+        Option(("-s",), "SIZE", "bytes of a request (default: 4k)"),
+        Option(("-S",), "STEP", "from one request to the next (default: SIZE); past the end it goes on from the start"),
+        Option(("-t",), "CACHE", f"cache mode: {', '.join(CACHE_MODES)}"),
+        Option(("-w",), None, "write, instead of reading"),
+        Option(("--pattern",), "BYTE", "what to write, from 0 to 255 (default: 0)"),
+        Option(("--flush-interval",), "COUNT", "flush after this many writes, once all that were sent are done"),
+        Option(("--no-drain",), None, "flush without cutting what is sent at a time"),
+        Option(("-q",), None, "accepted, and makes no difference, as with qemu-img"),
+        FORCE_SHARE,
+    ),
+)
+
+_COUNT = 75_000
+_DEPTH = 64
+_LENGTH = 4096
+_MAX = (1 << 31) - 1
+"""The largest count, depth, size or step: QEMU's."""
+_AIO = ("threads", "native", "io_uring")
+
+
+def run(session: Session, given: Given) -> int:
+    check_objects(given)
+    count = _number(given, "-c", "number of requests", _COUNT)
+    depth = _number(given, "-d", "queue depth", _DEPTH)
+    length = _size(given, "-s", "size of a request", _LENGTH)
+    step = _size(given, "-S", "step", 0) or length
+    offset = size_value(given.last("-o") or "0", "offset of the first request")
+    pattern = _number(given, "--pattern", "pattern", 0, most=255)
+    interval = _number(given, "--flush-interval", "flush interval", 0)
+    writing = given.has("-w")
+    aio = "native" if given.has("-n") else given.last("-i") or _AIO[0]
+    if aio not in _AIO:
+        raise Failure(f"-i {aio}: no such mode; there are {', '.join(_AIO)}")
+    if depth == 0:
+        raise Failure("queue depth: with none nothing would ever be sent")
+    if interval and not writing:
+        raise Failure("--flush-interval is for writes (-w)")
+    if interval and interval < depth:
+        raise Failure(f"--flush-interval={interval}: no more than that would be in flight; the queue depth is {depth}")
+    if writing and given.has("-U"):
+        raise Failure("-U excludes -w: what another program may be writing is only read")
+    cache = cache_mode(given, "-t", "writeback")
+    name = name_of(given, one_operand(given))
+    with open_image(session, given, name, write=writing, cache=cache, aio=aio) as disk:
+        top = disk.chain()[0]
+        if writing and name.format is None and not name.is_options and top.driver == "raw":
+            warn_of_guess(session, top.filename or top.name)
+        print(
+            f"Sending {count} {'write' if writing else 'read'} requests, {length} bytes each, {depth} in parallel"
+            f" (starting at offset {offset}, step size {step})"
+        )
+        if interval:
+            print(f"Sending flush every {interval} requests")
+        send = _writer(disk, length, pattern) if writing else _reader(disk, length)
+        began = time.perf_counter()
+        for first, number, flush in batches(count, depth, interval, drain=not given.has("--no-drain")):
+            session.check()
+            for place in places(disk.size, offset, step, first, number):
+                send(place)
+            if flush:
+                disk.flush()
+        print(f"Run completed in {time.perf_counter() - began:3.3f} seconds.")
+    return 0
+
+
+def _number(given: Given, option: str, what: str, default: int, most: int = _MAX) -> int:
+    text = given.last(option)
+    if text is None:
+        return default
+    digits, base = (text[2:], 16) if text[:2] in ("0x", "0X") else (text, 10)
+    try:
+        value = int(digits, base) if digits.isalnum() else -1
+    except ValueError:
+        value = -1
+    if not 0 <= value <= most:
+        raise Failure(f"{option} {text}: the {what} is a whole number from 0 to {most}")
+    return value
+
+
+def _size(given: Given, option: str, what: str, default: int) -> int:
+    text = given.last(option)
+    value = default if text is None else size_value(text, what)
+    if value > _MAX:
+        raise Failure(f"{option} {text}: the {what} is at most {_MAX} bytes")
+    return value
+
+
+def batches(count: int, depth: int, interval: int, *, drain: bool) -> Iterator[tuple[int, int, bool]]:
+    """(index of the first request, number of requests, whether a flush follows) of what is sent at a time.
+
+    A flush is due whenever the number of requests still to come is a multiple of `interval`, as qemu-img has it.  With
+    `drain` nothing is sent together with what comes after the flush.
+    """
+    first = 0
+    while first < count:
+        number = min(depth, count - first)
+        due = (count - first) % interval or interval if interval else count + 1
+        if drain:
+            number = min(number, due)
+        yield first, number, due <= number < count - first
+        first += number
+
+
+def places(size: int, offset: int, step: int, first: int, number: int) -> Iterator[int]:
+    """The guest offsets of `number` requests from the one with the index `first` on.
+
+    Only the very first may begin past the end, and fails; the others go round.
+    """
+    for index in range(first, first + number):
+        place = offset + index * step
+        yield place % size if index and size else place
+
+
+def _reader(disk: Disk, length: int) -> Callable[[int], None]:
+    buffer = memoryview(bytearray(length))
+    return lambda place: disk.readinto(place, buffer)
+
+
+def _writer(disk: Disk, length: int, pattern: int) -> Callable[[int], None]:
+    data = bytes([pattern]) * length
+    return lambda place: disk.write(place, data)
