@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
-    from blocklib.extents import Extent, ExtentTable
+    from blocklib.extents import Extent, ExtentTable, Status
     from blocklib.insertion import InsertedFilter
     from blocklib.node import Node
     from blocklib.snapshots import Snapshots
@@ -292,6 +292,26 @@ class Disk:
         try:
             node, offset, length, below = self._range(offset, length, base)
             return status.extent_table(node, offset, length, below)
+        finally:
+            tracker.leave()
+
+    def statuses(self, offset: int, length: int, *, most: int) -> list[Status] | None:
+        """Where the bytes of a range live, run by run, for who sends them from there: see `blocklib.status.status_above`.
+
+        None where that are more than `most` runs.
+        """
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked(offset, length)
+            end = offset + length
+            found: list[Status] = []
+            while offset < end:
+                if len(found) == most:
+                    return None
+                found.append(status.status_above(node, offset, end - offset))
+                offset += found[-1][0]
+            return found
         finally:
             tracker.leave()
 

@@ -277,6 +277,11 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing here needs decoding")
 
+    def plain_descriptor(self) -> int | None:
+        """The descriptor that a leaf's bytes can be taken from by whoever likes, at the offsets of the node, while it is
+        `read_only`; None where there is none."""
+        return None
+
     def data_edge(self) -> Edge | None:
         """The child that KIND_DATA runs live in, or None where the node has no plain data."""
         return self.children.get("file")

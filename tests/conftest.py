@@ -63,6 +63,18 @@ def qemu_nbd() -> Program:
     return _program("qemu-nbd")
 
 
+@pytest.fixture(scope="session")
+def nbdinfo() -> Program:
+    """libnbd's nbdinfo."""
+    return _program("nbdinfo")
+
+
+@pytest.fixture(scope="session")
+def nbdcopy() -> Program:
+    """libnbd's nbdcopy."""
+    return _program("nbdcopy")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):
         _require(*mark.args)

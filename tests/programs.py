@@ -13,7 +13,9 @@ from typing import Any
 Argument = str | int | os.PathLike[str]
 
 PACKAGES = {
+    "fio": "fio",
     "mkfs.ext4": "e2fsprogs",
+    "nbdcopy": "libnbd-bin",
     "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",

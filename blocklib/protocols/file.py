@@ -219,6 +219,9 @@ class FileNode(OpenedFile):
                 return True, size
             raise self._failure(exc, "lseek") from exc
 
+    def plain_descriptor(self) -> int | None:
+        return self._fd if self.read_only and not self.direct and self._fd >= 0 else None
+
     def take_hints(self, *, in_place: bool, extent_size: int) -> None:
         if in_place:
             with suppress(OSError):
