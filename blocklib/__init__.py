@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         RepairReport,
         RepairStep,
         SnapshotInfo,
+        StreamResult,
     )
     from blocklib.snapshots import InternalSnapshot
     from blocklib.throttling import ThrottleGroup
@@ -106,6 +107,7 @@ _PLACES = {
             "RepairReport",
             "RepairStep",
             "SnapshotInfo",
+            "StreamResult",
         ),
         "reports",
     ),
@@ -182,6 +184,7 @@ __all__ = [
     "SnapshotInfo",
     "StalePlanError",
     "StorageError",
+    "StreamResult",
     "ThrottleGroup",
     "TiB",
     "UnsupportedFeatureError",

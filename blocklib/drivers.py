@@ -24,6 +24,7 @@ _PROTOCOLS = {
     "null-co": "blocklib.protocols.null:NullNode",
 }
 _FILTERS = {
+    "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",
     "throttle": "blocklib.filters.throttle:ThrottleNode",
 }
 _PLACES = _FORMATS | _PROTOCOLS | _FILTERS

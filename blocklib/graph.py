@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from blocklib import plan
+from blocklib import plan, status
 from blocklib.buffers import pieces_of, zero_fill
-from blocklib.errors import GraphConflictError
+from blocklib.errors import GraphConflictError, NameNotFoundError
+from blocklib.extents import FLAG_ALLOCATED
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED, Filter, Node, PendingChange, Preallocation
 
 if TYPE_CHECKING:
@@ -114,6 +115,34 @@ class Edge:
 
     def discard(self, offset: int, length: int) -> None:
         plan.discard(self.node, offset, length)
+
+    def keep(self, offset: int, data: memoryview, bottom: Node | None = None) -> None:
+        """Write `data`, which is what the child reads as at `offset`, where its top image only shows what lies below.
+
+        With `bottom` only what comes from that image of the chain, or from one above it.
+        """
+        top = status.skip_filters(self.node)
+        if "backing" not in top.children:
+            return
+        if bottom is None:
+            plan.write_unallocated(top, offset, data)
+            return
+        below = status.backing_below(bottom)
+        done = 0
+        while done < len(data):
+            n, flags, depth, _host_offset, _leaf = status.status_above(top, offset + done, len(data) - done, below)
+            if depth and flags & FLAG_ALLOCATED:
+                plan.write_unallocated(top, offset + done, data[done : done + n])
+            done += n
+
+    def find_image(self, name: str | None) -> Node | None:
+        """The image of this node name in the child's chain; None for None.  Raises NameNotFoundError."""
+        if name is None:
+            return None
+        for node in chain(self.node):
+            if node.name == name:
+                return node
+        raise NameNotFoundError(f"no image of the chain of {self.node.filename or self.node.name} has the node name {name!r}")
 
     def flush(self) -> None:
         self.node.flush()

@@ -45,5 +45,6 @@ def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> Inserte
         node = drivers.load(driver).from_options(typed, read_only=below.read_only, filename=below.filename)
         with graph.Transaction() as change:
             change.attach(node, "file", below)
+            node.load()
             change.redirect(root, node)
     return InsertedFilter(node)

@@ -295,6 +295,13 @@ class Node:
         """
         raise ReadOnlyError(f"{self.driver}: not writable", node=self.name)
 
+    def prepare_fill(self, offset: int, length: int) -> tuple[int, WriteRun | None]:
+        """(bytes that the answer is for, a place for them as `prepare_write` gives), where this node holds nothing.
+
+        None for the place of bytes that it does hold.  Until the end of the ticket no other write to them begins.
+        """
+        raise UsageError(f"{self.driver}: nothing lies below an image of this format", node=self.name)
+
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         """Write `views`, one after the other, to `offset`, for which `prepare_write` gave `place` but no child.
 

@@ -16,7 +16,7 @@ from blocklib.extents import KIND_BACKING, KIND_DATA, KIND_ZERO
 from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
-    from blocklib.node import Node, Preallocation, WriteTicket
+    from blocklib.node import Node, Preallocation, WriteRun, WriteTicket
 
 _T = TypeVar("_T")
 
@@ -125,25 +125,51 @@ def _write(node: Node, offset: int, data: memoryview) -> None:
     length = len(data)
     done = 0
     while done < length:
-        child, child_offset, n, ticket = node.prepare_write(offset + done, length - done)
-        part = data if n == length else data[done : done + n]
-        if ticket is None:
-            if child is None:
-                node.write_special(offset + done, child_offset, (part,))
-            else:
-                child.write(child_offset, (part,))
-        else:
-            try:
-                views = _copy_on_write(node, offset + done, part, ticket)
-                if child is None:
-                    node.write_special(offset + done - ticket.head, child_offset - ticket.head, views)
-                else:
-                    child.write(child_offset - ticket.head, views)
-            except BaseException:
-                ticket.abort()
-                raise
-            ticket.commit()
+        run = node.prepare_write(offset + done, length - done)
+        n = run[2]
+        _write_run(node, offset + done, data if n == length else data[done : done + n], run)
         done += n
+
+
+def _write_run(node: Node, offset: int, part: memoryview, run: WriteRun) -> None:
+    """Write `part` at `offset`, to the place that the node gave for it."""
+    child, child_offset, _n, ticket = run
+    if ticket is None:
+        if child is None:
+            node.write_special(offset, child_offset, (part,))
+        else:
+            child.write(child_offset, (part,))
+        return
+    try:
+        views = _copy_on_write(node, offset, part, ticket)
+        if child is None:
+            node.write_special(offset - ticket.head, child_offset - ticket.head, views)
+        else:
+            child.write(child_offset - ticket.head, views)
+    except BaseException:
+        ticket.abort()
+        raise
+    ticket.commit()
+
+
+def write_unallocated(node: Node, offset: int, data: memoryview) -> int:
+    """Write those parts of `data`, which is what lies below, where the node holds nothing; the bytes written.
+
+    The content of the disk does not change, so that no bitmap is marked.
+    """
+    return _making_room(node, lambda: _write_unallocated(node, offset, data))
+
+
+def _write_unallocated(node: Node, offset: int, data: memoryview) -> int:
+    length = len(data)
+    done = written = 0
+    while done < length:
+        n, run = node.prepare_fill(offset + done, length - done)
+        if run is not None:
+            _write_run(node, offset + done, data[done : done + n], run)
+            written += n
+        done += n
+    return written
 
 
 def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:

@@ -102,6 +102,13 @@ class RebaseResult(Record):
     backing: str | None
 
 
+class StreamResult(Record):
+    """Bytes copied into the top image, and the backing file it has now."""
+
+    bytes_copied: int
+    backing: str | None
+
+
 class CompareResult(Record):
     """`reason` is None for identical disks, "content" with the first differing guest `offset`; if strict also "size", or
     "status" with the first guest `offset` that is not stored in the same way."""

@@ -10,6 +10,7 @@ from blocklib.jobs.convert import convert
 from blocklib.jobs.job import Job, JobEvent, JobEvents, JobStatus, ProgressCallback
 from blocklib.jobs.measure import measure
 from blocklib.jobs.rebase import rebase
+from blocklib.jobs.stream import stream
 
 __all__ = [
     "Job",
@@ -25,4 +26,5 @@ __all__ = [
     "measure",
     "rebase",
     "repair",
+    "stream",
 ]

@@ -147,6 +147,10 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
         Option("offset", "size", "Where in it the disk begins", default=0),
         Option("size", "size", "Size of the disk; default: up to the end of the file"),
     ),
+    "copy-on-read": (
+        Option("file", "node", "The image that keeps what is read from below it", required=True),
+        Option("bottom", "str", "Node name of the last image of the chain whose data is kept"),
+    ),
     "throttle": (
         Option("file", "node", "The node that is throttled", required=True),
         Option("throttle-group", "throttle-group", "The limits, and who shares them", required=True),

@@ -51,6 +51,7 @@ VALUES: list[object] = [
     blocklib.ConvertResult(1, 2, 3.0, ((0, 512),)),
     blocklib.CommitResult(1, "base.qcow2"),
     blocklib.RebaseResult(1, None),
+    blocklib.StreamResult(1, None),
     blocklib.CompareResult(False, "content", 5, True, False),
     blocklib.MeasureResult(1, 2, 3),
     FINDING,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import autoclear, data_file, layout, special, telling, writing
+from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
@@ -374,6 +374,9 @@ class Qcow2Node(SnapshotNode):
 
             back_tables(self, offset, run[3])
         return run
+
+    def prepare_fill(self, offset: int, length: int) -> tuple[int, WriteRun | None]:
+        return filling.prepare(self, offset, length)
 
     def make_room(self) -> bool:
         if self.read_only or self.poisoned is not None or not self.writeback.gives_back:

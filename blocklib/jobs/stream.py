@@ -1,0 +1,165 @@
+"""stream: copy what the images below hold up into the top image of a disk in use, and take them out of the chain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from blocklib import graph, plan
+from blocklib.buffers import zeroes
+from blocklib.errors import NameNotFoundError, ReadOnlyError, UsageError
+from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.ends import same_file
+from blocklib.jobs.job import Job, started
+from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above, zipped
+from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
+from blocklib.records import Record
+from blocklib.reports import NodeInfo, StreamResult
+from blocklib.requests import RequestTracker
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.node import Node
+
+
+@started
+def stream(
+    disk: Disk,
+    *,
+    base: NodeInfo | str | os.PathLike[str] | None = None,
+    backing_file: str | None = None,
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[StreamResult]:
+    """Copy into the top image of `disk` what the images below it hold, down to `base`, which becomes its backing file.
+
+    Without `base` the disk ends as one image without a backing file.  `base` is an image of ``disk.chain()`` or a file name;
+    `backing_file` is the name to be stored for it, by default the one by which the chain names it.  The disk may be written
+    meanwhile.  When it is cancelled, part of the data is in the top image, and the chain is as before.
+
+    Raises UsageError (no backing file, or a name without `base`), NameNotFoundError (`base` is not below the top image),
+    ReadOnlyError, StorageError.
+    """
+    if base is None and backing_file is not None:
+        raise UsageError("backing_file is the name of a base, and there is none")
+    if disk.mode == "r":
+        name = disk.node.filename or disk.node.name
+        raise ReadOnlyError(f"{name}: opened for reading; mode 'r+' writes", node=disk.node.name)
+    _find_base(disk.node, base)
+    return Job(_Stream(disk, base, backing_file), speed=speed, auto_finalize=auto_finalize, progress=progress)
+
+
+class _Stream(Record, Task[StreamResult]):
+    verb: ClassVar[str] = "stream"
+
+    disk: Disk
+    base: NodeInfo | str | os.PathLike[str] | None
+    backing_file: str | None
+
+    def run(self, control: Control) -> StreamResult:
+        disk = self.disk
+        top = disk.node
+        base = _find_base(top, self.base)
+        control.set_total(top.size)
+        with _user_of(top) as edge:
+            copy = BlockCopy(control, disk, _Filler(edge), unit=top.data_unit() or 1, unordered=True)
+            copy.run(_runs_between(disk, base))
+        with graph.alone(top):
+            base = _find_base(top, self.base)  # again: the chain may have changed
+            name, format = self._stored_name(top, base)
+            with graph.Transaction() as change:
+                edge = top.children["backing"]
+                change.detach(edge)
+                if base is not None:
+                    change.attach(top, "backing", base)
+                top.change_backing(name, format)
+        return StreamResult(bytes_copied=copy.bytes_written, backing=name)
+
+    def _stored_name(self, top: Node, base: Node | None) -> tuple[str | None, str | None]:
+        """(name, format) of the base as the top image is to store them."""
+        if base is None:
+            return None, None
+        above = next(node for node in graph.chain(top) if graph.backing_of(node) is base)
+        named = next((item for item in above.references() if item.kind == "backing"), None)
+        if self.backing_file is not None:
+            return self.backing_file, base.driver
+        if named is not None and (os.path.isabs(named.name) or _folder(above) == _folder(top)):
+            return named.name, named.format or base.driver
+        if base.filename is None:
+            raise UsageError(f"{base.name}: a base without a file has no name to store", node=base.name)
+        return os.path.abspath(base.filename), base.driver
+
+
+def _folder(node: Node) -> str:
+    return os.path.realpath(os.path.dirname(os.path.abspath(node.filename or "")))
+
+
+def _find_base(top: Node, base: NodeInfo | str | os.PathLike[str] | None) -> Node | None:
+    below = graph.chain(top)[1:]
+    if not below:
+        raise UsageError(f"{top.filename or top.name}: the image has no backing file", node=top.name)
+    if base is None:
+        return None
+    for node in below:
+        if isinstance(base, NodeInfo):
+            if node.name == base.name:
+                return node
+        elif node.filename == os.fspath(base) or same_file(node.filename, os.fspath(base)):
+            return node
+    name = base.filename or base.name if isinstance(base, NodeInfo) else os.fspath(base)
+    raise NameNotFoundError(f"{name!r} is not below the top image of {top.filename or top.name}")
+
+
+def _runs_between(disk: Disk, base: Node | None) -> Iterator[Run]:
+    """What the images between the top one and `base` hold, and the top one does not."""
+    chain = disk.chain()
+    end = disk.size
+    last = next((image for image in chain if base is not None and image.name == base.name), None)
+    own = runs_above(disk, 0, end, chain[1], absent=COMPARE, absent_zero=COMPARE)
+    between = runs_above(disk, 0, end, last, absent=SKIP, absent_zero=ZERO)
+    # Zeroes need not be kept where nothing will lie below any more.
+    zeroes = SKIP if last is None else ZERO
+    return coalesced(
+        (start, n, SKIP if mine != COMPARE else zeroes if there == ZERO else there)
+        for start, n, mine, there in zipped(own, between)
+    )
+
+
+@contextmanager
+def _user_of(top: Node) -> Iterator[graph.Edge]:
+    """An edge that may write to `top`, which others are writing, what does not change what it reads as."""
+    wanted = CONSISTENT_READ | WRITE_UNCHANGED
+    with graph.Transaction() as change:
+        edge = change.attach(None, "stream", top, wanted=wanted, shared=graph.ALL, tracker=RequestTracker())
+    try:
+        yield edge
+    finally:
+        with graph.Transaction() as change:
+            change.detach(edge)
+
+
+class _Filler:
+    """Writes to an image what lies below it, and only where it holds nothing itself."""
+
+    def __init__(self, edge: graph.Edge) -> None:
+        assert edge.tracker is not None
+        self._top = edge.node
+        self._tracker = edge.tracker
+
+    def write(self, offset: int, data: memoryview, /) -> None:
+        self._tracker.enter()
+        try:
+            plan.write_unallocated(self._top, offset, data)
+        finally:
+            self._tracker.leave()
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
+        while length > 0:
+            part = zeroes(length)
+            self.write(offset, part)
+            offset += len(part)
+            length -= len(part)
