@@ -389,6 +389,27 @@ class Node:
         """Write all of `views`; past the end the leaf grows."""
         raise UsageError(f"{self.driver}: not a protocol")
 
+    def transfer(self, offsets: Any, addresses: Any, lengths: Any, results: Any, *, writing: bool) -> None:
+        """Make many transfers, at once where the leaf can: `lengths[i]` bytes at `offsets[i]`, to or from `addresses[i]`.
+
+        All four are contiguous buffers of native 64-bit integers.  Each of `results` becomes 0 or an error number; bytes past
+        the end read as zero, and writes there make the leaf grow.  The caller keeps the memory in its place until this
+        returns, also by an exception, and has aligned it all to `request_alignment`.  Transfers must not overlap where one
+        of them writes.  Raises ClosedError, ReadOnlyError.
+        """
+        from ctypes import c_char
+
+        for index, (offset, address, length) in enumerate(zip(offsets, addresses, lengths)):
+            view = memoryview((c_char * length).from_address(address)).cast("B")
+            try:
+                if writing:
+                    self.pwritev(offset, (view,))
+                else:
+                    self.preadv(offset, (view,))
+                results[index] = 0
+            except StorageError as exc:
+                results[index] = exc.errno or errno.EIO
+
     def take_hints(self, *, in_place: bool, extent_size: int) -> None:
         """While it is empty: write in place instead of copying, grow in extents of so many bytes (0: as it likes).
 

@@ -149,7 +149,7 @@ def compiled_helpers(helpers: Mapping[str, FunctionType], **options: Any) -> dic
     numba: Any = import_module("numba")
     names: dict[str, Any] = {}
     for name, function in helpers.items():  # in the order of their definition: a helper may use an earlier one
-        names[name] = numba.njit(nogil=True, error_model="numpy", **options)(with_globals(function, names))
+        names[name] = numba.njit(nogil=True, error_model="numpy", forceinline=True, **options)(with_globals(function, names))
     return names
 
 

@@ -74,7 +74,7 @@ _FILE: tuple[Option, ...] = (
     Option(
         "aio",
         "choice",
-        "Accepted for compatibility: requests run in the threads that make them, whatever it says",
+        "How requests made together are kept on their way; native (with cache.direct): whatever is best here",
         default="threads",
         choices=("threads", "native", "io_uring"),
     ),

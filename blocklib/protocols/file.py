@@ -11,7 +11,8 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from operator import add
+from typing import TYPE_CHECKING, Any, Final
 
 from blocklib.buffers import PIECE, aligned_pool, pieces_of, zero_fill
 from blocklib.errors import StorageError, UsageError
@@ -19,6 +20,9 @@ from blocklib.extents import FLAG_ALLOCATED, FLAG_DATA, FLAG_EOF, FLAG_OFFSET_VA
 from blocklib.node import Preallocation
 from blocklib.protocols import host
 from blocklib.protocols.opened import OpenedFile
+
+if TYPE_CHECKING:
+    from blocklib._fast.transfers import Moves
 
 _IOV_MAX: Final = 1024
 """Buffers that one system call takes (Linux and macOS)."""
@@ -93,6 +97,41 @@ class FileNode(OpenedFile):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             offset += n
             views = _after(views, n)
+
+    def transfer(self, offsets: Any, addresses: Any, lengths: Any, results: Any, *, writing: bool) -> None:
+        if not host.IS_64_BIT_LINUX:
+            super().transfer(offsets, addresses, lengths, results, writing=writing)
+            return
+        if self._fd < 0:
+            raise self._closed_error()
+        from blocklib._fast.transfers import Moves
+
+        moves = Moves(offsets, addresses, lengths, results)
+        if not moves.count:
+            return
+        if not writing:
+            self._move(moves, writing=False)
+            return
+        self._check_writable()
+        ends = list(map(add, moves.offsets.view.tolist(), moves.lengths.view.tolist()))
+        end = max(ends)
+        # Direct writes of parts of blocks read those blocks first; see plan.write_padded.
+        held = self.write_ranges.acquire(min(moves.offsets.view), end, exclusive=False)
+        try:
+            if end <= self.size:
+                self._move(moves, writing=True)
+            else:
+                with self._size_lock:
+                    self._move(moves, writing=True)
+                    self.size = max([self.size, *(end for end, result in zip(ends, moves.results.view) if not result)])
+        finally:
+            self._written = True
+            self.write_ranges.release(held)
+
+    def _move(self, moves: Moves, *, writing: bool) -> None:
+        from blocklib.protocols.engines import move
+
+        move(self.aio, self._fd, moves, writing=writing, alignment=self.request_alignment, waits=self.direct)
 
     # -- zeroes and holes ---------------------------------------------------------------------------------------------
 

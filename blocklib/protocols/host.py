@@ -40,6 +40,8 @@ UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, e
 DEFAULT_DIRECT_ALIGNMENT: Final = 4096
 """What every device we know of accepts."""
 
+IS_64_BIT_LINUX: Final = sys.platform.startswith("linux") and struct.calcsize("P") == 8
+
 _libc: Any = None
 
 
@@ -70,6 +72,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def system_call(number: int, *arguments: int) -> int:
+    """A system call by its number, which is that of all 64-bit machines, for what the C library lacks.  Raises OSError."""
+    if not IS_64_BIT_LINUX:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import ctypes
+
+    function = _call("syscall")
+    function.restype = ctypes.c_long
+    result: int = function(*(ctypes.c_long(argument) for argument in (number, *arguments)))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
 
 
 def discard_blocks(fd: int, offset: int, length: int) -> None:

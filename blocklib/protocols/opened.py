@@ -44,8 +44,8 @@ class OpenedFile(Node):
 
     `direct` bypasses the page cache: requests must then be aligned to `request_alignment`, in memory too.  `no_flush`
     ignores flushes.  `locking` "auto" locks where the host can, "on" insists.  `force_share` takes no locks and needs
-    `read_only`.  With `auto_read_only` it becomes `read_only` where writing is not permitted.  `aio` is accepted and
-    changes nothing: a request runs in the thread that makes it.
+    `read_only`.  With `auto_read_only` it becomes `read_only` where writing is not permitted.  `aio` says how many requests
+    that are made together are kept on their way: by threads or through an io_uring; "native" is whatever is best here.
     """
 
     driver = "file"
@@ -79,6 +79,7 @@ class OpenedFile(Node):
         self.force_share = force_share
         self.auto_read_only = auto_read_only
         self.locking = locking
+        self.aio = aio
         self.is_device = False
         self._opener: Opener | None = None
         self._fd = -1
@@ -130,6 +131,10 @@ class OpenedFile(Node):
             os.close(fd)
             raise
         self._fd = fd
+        if self.aio == "io_uring":
+            from blocklib.protocols.engines import check_ring
+
+            check_ring(self.path)
 
     def _open(self) -> int:
         flags = self._flags(self.read_only)
