@@ -59,14 +59,14 @@ demo: setup
 # The programs that interop tests compare with.  Without them the tests still run; the summary says what was left out.
 tools:
 	@PATH="$$PATH:/usr/sbin:/sbin"; \
-	missing() { for program in qemu-img qemu-io nbdinfo mkfs.ext4; do command -v $$program >/dev/null || { echo $$program; return 0; }; done; return 1; }; \
+	missing() { for program in qemu-img qemu-io nbdinfo nbdkit mkfs.ext4; do command -v $$program >/dev/null || { echo $$program; return 0; }; done; return 1; }; \
 	if missing >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing qemu-utils, libnbd-bin and e2fsprogs"; \
-		install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends qemu-utils libnbd-bin e2fsprogs >/dev/null 2>&1; }; \
+		echo "installing qemu-utils, nbdkit, libnbd-bin and e2fsprogs"; \
+		install() { DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends qemu-utils nbdkit libnbd-bin e2fsprogs >/dev/null 2>&1; }; \
 		install || { apt-get update >/dev/null 2>&1 && install; } || true; \
 	fi; \
 	if missing >/dev/null; then \
-		echo "$$(missing) is not here and could not be installed (on Debian: apt-get install qemu-utils libnbd-bin e2fsprogs): tests that need it will not run"; \
+		echo "$$(missing) is not here and could not be installed (on Debian: apt-get install qemu-utils nbdkit libnbd-bin e2fsprogs): tests that need it will not run"; \
 	fi
 
 test: setup tools

@@ -37,8 +37,8 @@ def create(
 
     `backing` is stored as given, relative to the image's folder; without `size` the new disk is as large as it.
     `options` are the format's creation options in QEMU's names.  A file that exists is replaced only with `overwrite`; a
-    block device is written into.  A data file is made beside the image, where the image will look for it, under the same
-    rule; what it held is gone.
+    block device, or the export that an NBD URL names, is written into.  A data file is made beside the image, where the
+    image will look for it, under the same rule; what it held is gone.
 
     Raises ImageExistsError, OptionError, UsageError, LockedError, StorageError; a file that this call made is removed.
     """
@@ -63,11 +63,16 @@ def create(
         for name in made:
             os.unlink(name)
         raise
-    return image_info(PlainPath(path), format=format)
+    return image_info(_target_at(path), format=format)
+
+
+def _target_at(path: str) -> Target:
+    """What `open` takes for the place of a new image."""
+    return path if drivers.protocol_of_url(path) is not None else PlainPath(path)
 
 
 def _path_of(target: Target, format: str) -> str:
-    """The path of what is to be created; options may say no more than that, and the format again."""
+    """The path, or URL, of what is to be created; options may say no more than that, and the format again."""
     spec, path = spec_of(target)
     if path is not None:
         return os.fspath(path)
@@ -167,6 +172,8 @@ def _is_same(path: str, other: str) -> bool:
 
 def _claim(path: str, *, overwrite: bool) -> bool:
     """Make the file if there is none; True if this call made it.  Raises ImageExistsError, StorageError."""
+    if drivers.protocol_of_url(path) is not None:
+        return False
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
     except FileExistsError as exc:
@@ -198,7 +205,7 @@ def _fill(path: str, format: str, typed: Mapping[str, Any], data_path: str | Non
     if mode != "off" and format != "raw":
         data_file = FROM_IMAGE if data_path is None else {"driver": "file", "filename": data_path}
         secret = opening_options(typed)
-        with open_disk(PlainPath(path), "r+", format=format, backing=None, data_file=data_file, options=secret) as disk:
+        with open_disk(_target_at(path), "r+", format=format, backing=None, data_file=data_file, options=secret) as disk:
             disk.node.preallocate(mode)
 
 
@@ -213,14 +220,18 @@ def opening_options(options: Mapping[str, Any]) -> dict[str, OptionValue]:
 
 
 class _OpenFile:
-    """A plain file as an edge of our own while the block lasts; nobody else may even read it, since it is emptied first."""
+    """A plain file, or an export, as an edge of our own while the block lasts.
+
+    Nobody else may even read it, since it is emptied first.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
 
     def __enter__(self) -> _OpenFile:
-        options = check_options("file", {"filename": self._path})
-        node: Node = drivers.load("file").from_options(options, read_only=False)
+        driver = drivers.protocol_of_url(self._path) or "file"
+        options = check_options(driver, {"filename": self._path})
+        node: Node = drivers.load(driver).from_options(options, read_only=False)
         node.load()
         wanted = CONSISTENT_READ | WRITE | RESIZE
         try:

@@ -21,6 +21,7 @@ _PROTOCOLS = {
     "file": "blocklib.protocols.file:FileNode",
     "host_device": "blocklib.protocols.file:HostDeviceNode",
     "memory": "blocklib.protocols.memory:MemoryNode",
+    "nbd": "blocklib.protocols.nbd:NbdNode",
     "null-co": "blocklib.protocols.null:NullNode",
 }
 _FILTERS = {
@@ -35,6 +36,18 @@ PROTOCOLS = tuple(sorted(_PROTOCOLS))
 """Drivers that fetch bytes, by name."""
 FILTERS = tuple(sorted(_FILTERS))
 """Drivers that stand between others, by name."""
+
+
+_SCHEMES = dict.fromkeys(("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"), "nbd")
+"""How the URL of a protocol begins -> its driver."""
+
+
+def protocol_of_url(name: object) -> str | None:
+    """The driver for a text that is a URL; None for what is none, and for paths, which may look like one."""
+    if not isinstance(name, str):
+        return None
+    scheme, separator, _ = name.partition("://")
+    return _SCHEMES.get(scheme) if separator else None
 
 
 def names() -> tuple[str, ...]:

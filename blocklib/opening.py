@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from blocklib import drivers, graph
 from blocklib.disk import Disk
@@ -26,9 +26,6 @@ from blocklib.options import CacheMode, OptionValue, cache_flags, check_options,
 from blocklib.policy import Limits, Reference, References, RestrictedFile, Target, check_references, decide
 from blocklib.reports import ImageInfo
 
-if TYPE_CHECKING:
-    from blocklib.crypto.secrets import Secret
-
 
 class FromImage:
     """The type of FROM_IMAGE: the image says which file it is."""
@@ -41,7 +38,6 @@ class FromImage:
 
 FROM_IMAGE: Final = FromImage()
 
-_URL_PREFIXES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
 _INHERITED = ("cache.direct", "cache.no-flush", "force-share", "auto-read-only")
 """Options that a child takes from the node above unless it has its own."""
 _FORMATS_OF_FILES = (*drivers.FORMATS, "file", "host_device")
@@ -119,15 +115,15 @@ def open_disk(
     data_file: Disk | Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE,
     options: Mapping[str, OptionValue] | None = None,
     guess_raw: bool = False,
-    secrets: Mapping[str, Secret] | None = None,
+    secrets: Mapping[str, object] | None = None,
     locked: bool = False,
     aio: str = "threads",
 ) -> Disk:
     """`blocklib.open`, and with `guess_raw` what the command line does: bytes without a known magic are a raw image.
 
-    ``data_file=None`` opens no data file, for who changes nothing but metadata.  `secrets` are those that options, also of
-    images below, may name by their ids.  `locked`: no data will be read, so that encrypted images need no secret.  `aio` is
-    for every file of the chain whose options do not say it.
+    ``data_file=None`` opens no data file, for who changes nothing but metadata.  `secrets` are those, and the TLS
+    credentials, that options, also of images below, may name by their ids.  `locked`: no data will be read, so that
+    encrypted images need no secret.  `aio` is for every file of the chain whose options do not say it.
     """
     if mode not in ("r", "r+"):
         raise UsageError(f"mode is 'r' or 'r+', not {mode!r}")
@@ -231,8 +227,6 @@ def spec_of(target: Target) -> tuple[dict[str, Any], str | os.PathLike[str] | No
     """(options of the top node, the path given by the caller or None)."""
     if isinstance(target, Mapping):
         return nest(target), None
-    if isinstance(target, str) and target.startswith(_URL_PREFIXES):
-        raise UnsupportedFeatureError("NBD is not supported yet", features=("nbd",))
     if not isinstance(target, (str, os.PathLike)):
         raise UsageError(f"a target is a path, a URL or options, not {type(target).__name__}")
     return {}, target
@@ -287,7 +281,7 @@ class _Builder:
         guess_raw: bool = False,
         metadata_only: bool = False,
         with_data_file: bool = True,
-        secrets: Mapping[str, Secret] | None = None,
+        secrets: Mapping[str, object] | None = None,
         locked: bool = False,
         aio: str = "threads",
     ) -> None:
@@ -366,6 +360,10 @@ class _Builder:
         if driver == "file":
             options.setdefault("aio", self._aio)
         typed = check_options(driver, options)
+        if isinstance(typed.get("tls-creds"), str):
+            from blocklib.crypto.secrets import find_tls_context
+
+            typed["tls-creds"] = find_tls_context(self._secrets, typed["tls-creds"])
         node = _make(driver, typed, read_only=read_only or bool(typed["read-only"]))
         if isinstance(path, RestrictedFile):
             node.use_opener(path.open_fd)  # type: ignore[attr-defined]
@@ -386,7 +384,7 @@ class _Builder:
         if isinstance(below, (str, os.PathLike)):
             below, path = None, below
         if path is not None:
-            spec = {"driver": "file", **(below or {})}
+            spec = {"driver": drivers.protocol_of_url(path) or "file", **(below or {})}
             return self.build(spec, path, read_only=read_only, inherited=inherited)
         if not isinstance(below, Mapping):
             raise OptionError("the target names no file: give a path, or file.filename", option="file")

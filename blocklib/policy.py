@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
+from blocklib.drivers import protocol_of_url
 from blocklib.errors import (
     ImageCorruptError,
     ImageLimitError,
@@ -83,8 +84,6 @@ class Reference(Record):
 
 # -- names -------------------------------------------------------------------------------------------------------------
 
-_URL_PREFIXES = ("nbd://", "nbds://", "nbd+unix://", "nbds+unix://")
-
 
 class PlainPath(Record):
     """A path and nothing else, whatever it looks like: `pathlib.Path` without its price at start-up."""
@@ -124,8 +123,12 @@ def qemu_target(name: str) -> Target:
         return parse_options(name)
     if protocol == "file":
         return PlainPath(rest)
-    if name.startswith(_URL_PREFIXES):
+    if protocol_of_url(name) is not None:
         return name
+    if protocol == "nbd":
+        from blocklib.nbd.uri import from_legacy
+
+        return from_legacy(name)
     raise UsageError(f"{name!r}: unknown protocol {protocol!r}; a file of that name is './{name}'")
 
 

@@ -45,7 +45,8 @@ class ImageInfo(Record):
     """As it is found from here: relative to the image's own folder."""
     backing_format: str | None = None
     encrypted: bool = False
-    dirty: bool = False
+    dirty: bool | None = False
+    """It was not closed; None where nothing can be known of that."""
     snapshots: tuple[SnapshotInfo, ...] = ()
     format_specific: Mapping[str, Any] = field(default_factory=dict)
     """What ``qemu-img info`` prints as "format-specific", in QEMU's names."""

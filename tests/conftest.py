@@ -1,7 +1,7 @@
 """What every test may use: external programs, the rule about missing ones, and the Hypothesis profiles.
 
 A test that runs an external program says so, with the mark `requires("mkfs.ext4")` or by taking the fixture `qemu_img`,
-`qemu_io` or `qemu_nbd`.  Where the program is missing it is skipped, and one line at the end says what was not run;
+`qemu_io`, `qemu_nbd` or `nbdkit`.  Where the program is missing it is skipped, and one line at the end says what was not run;
 in CI it fails.
 """
 
@@ -73,6 +73,12 @@ def nbdinfo() -> Program:
 def nbdcopy() -> Program:
     """libnbd's nbdcopy."""
     return _program("nbdcopy")
+
+
+@pytest.fixture(scope="session")
+def nbdkit() -> Program:
+    """The real nbdkit."""
+    return _program("nbdkit")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

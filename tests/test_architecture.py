@@ -19,9 +19,9 @@ MAX_LINES = 650
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_fast", "errors", "records"}),
     frozenset({"buffers", "crypto", "drivers", "extents", "reports", "requests", "sizes", "throttling"}),
-    frozenset({"dirty_bits", "options"}),
+    frozenset({"dirty_bits", "nbd", "options"}),
     frozenset({"policy"}),
-    frozenset({"nbd", "node", "probe", "tracking"}),
+    frozenset({"node", "probe", "tracking"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),

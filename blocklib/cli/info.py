@@ -112,7 +112,8 @@ def json_of(info: ImageInfo) -> dict[str, Any]:
         found["backing-filename"] = info.backing_filename
     if info.encrypted:
         found["encrypted"] = True
-    found["dirty-flag"] = info.dirty
+    if info.dirty is not None:
+        found["dirty-flag"] = info.dirty
     return found
 
 

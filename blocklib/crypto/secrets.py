@@ -7,9 +7,12 @@ made here, errors included, contains a secret or a part of one, and no error has
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from blocklib.errors import OptionError
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 _FORMATS: Final = ("raw", "base64")
 _KEY_LENGTH: Final = 32
@@ -62,13 +65,24 @@ class Secret:
         raise TypeError("a Secret cannot be pickled: that would write it down")
 
 
-def find_secret(secrets: Mapping[str, Secret], name: str, option: str) -> Secret:
+def find_secret(secrets: Mapping[str, object], name: str, option: str) -> Secret:
     """The secret with the id `name`.  Raises OptionError, which does not repeat it: it may be the secret itself."""
     secret = secrets.get(name)
-    if secret is None:
+    if not isinstance(secret, Secret):
         text = f"{option} names no secret that was defined; it is a blocklib.Secret, or on the command line the id of one"
         raise OptionError(text, option=option)
     return secret
+
+
+def find_tls_context(objects: Mapping[str, object], name: str) -> SSLContext:
+    """The TLS credentials with the id `name`.  Raises OptionError."""
+    import ssl
+
+    found = objects.get(name)
+    if not isinstance(found, ssl.SSLContext):
+        text = f"tls-creds: there are no TLS credentials with the id {name!r}; in Python it is an ssl.SSLContext"
+        raise OptionError(text, option="tls-creds")
+    return found
 
 
 def secret_from_properties(

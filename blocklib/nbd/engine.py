@@ -9,7 +9,7 @@ LocalProtocolError, and nothing was sent.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from blocklib.errors import LocalProtocolError, RemoteProtocolError
 from blocklib.nbd import wire
@@ -40,12 +40,91 @@ class Terms(NamedTuple):
     contexts: Mapping[int, str] = {}
     """Metadata context ID -> name."""
     block_sizes: bool = False
-    """The client asked for the block sizes and keeps them."""
+    """The block sizes of the export were asked for and told, and are kept."""
     tls: bool = False
 
     def context_id(self, name: str) -> int | None:
         """The ID of a context, or None where it was not selected."""
         return next((number for number, other in self.contexts.items() if other == name), None)
+
+    def settled(self) -> Terms:
+        """The same without the flags of features that need more than was negotiated: see "Transmission flags"."""
+        flags = self.export.flags | wire.NBD_FLAG_HAS_FLAGS
+        if not self.structured:
+            flags &= ~wire.NBD_FLAG_SEND_DF
+        if not self.extended or not self.contexts:
+            flags &= ~wire.NBD_FLAG_BLOCK_STATUS_PAYLOAD
+        if not flags & wire.NBD_FLAG_SEND_WRITE_ZEROES:
+            flags &= ~wire.NBD_FLAG_SEND_FAST_ZERO
+        return self._replace(export=self.export._replace(flags=flags))
+
+
+class Rules:
+    """What may be requested under some terms: "Request types", "Command flags", "Size constraints" and "Error values".
+
+    The server holds each request against them, the client each of its own.
+    """
+
+    __slots__ = ("flags_of", "max_transfer", "misaligned", "read_only", "size")
+
+    def __init__(self, terms: Terms) -> None:
+        export = terms.export
+        self.size = export.size
+        self.read_only = bool(export.flags & wire.NBD_FLAG_READ_ONLY)
+        # Who was not told otherwise may rely on any alignment and on payloads of 32 MiB.
+        self.misaligned = export.min_block - 1 if terms.block_sizes else 0
+        """The bits that no offset and no length may have."""
+        self.max_transfer = export.max_payload if terms.block_sizes else max(export.max_payload, wire.DEFAULT_MAX_PAYLOAD)
+        """Bytes that one read or write may ask for."""
+        self.flags_of = _allowed_flags(terms)
+        """Command -> the flags that it takes; without the commands that are not offered."""
+
+    def broken(self, command: int, flags: int, offset: int, length: int) -> tuple[int, str] | None:
+        """The NBD error that a request deserves, and why; None for one that keeps the rules."""
+        allowed = self.flags_of.get(command)
+        if allowed is None:
+            return wire.NBD_EINVAL, f"{wire.command_name(command)} is not offered by this export"
+        if flags & ~allowed:
+            return wire.NBD_EINVAL, f"{wire.command_name(command)} does not take the flags {flags:#x} here"
+        if command in _CHANGES and self.read_only:
+            return wire.NBD_EPERM, "the export is read-only"
+        if command == wire.NBD_CMD_FLUSH:
+            return (wire.NBD_EINVAL, "a flush with an offset or a length") if offset or length else None
+        if offset + length > self.size:
+            error = wire.NBD_ENOSPC if command in (wire.NBD_CMD_WRITE, wire.NBD_CMD_WRITE_ZEROES) else wire.NBD_EINVAL
+            return error, f"{length} bytes at {offset} reach outside the export of {self.size}"
+        if command == wire.NBD_CMD_BLOCK_STATUS:
+            return None if length else (wire.NBD_EINVAL, "block status of no bytes")
+        if (offset | length) & self.misaligned:
+            return wire.NBD_EINVAL, f"{length} bytes at {offset} are not aligned to {self.misaligned + 1}"
+        if length > self.max_transfer and command in (wire.NBD_CMD_READ, wire.NBD_CMD_WRITE):
+            return wire.NBD_EINVAL, f"{length} bytes are more than the maximum of {self.max_transfer}"
+        return None
+
+
+_CHANGES: Final = frozenset({wire.NBD_CMD_WRITE, wire.NBD_CMD_TRIM, wire.NBD_CMD_WRITE_ZEROES})
+
+
+def _allowed_flags(terms: Terms) -> dict[int, int]:
+    """Command -> the flags that it takes; without those that the export does not offer."""
+    offered = terms.export.flags
+    payload = wire.NBD_CMD_FLAG_PAYLOAD_LEN
+    fua = wire.NBD_CMD_FLAG_FUA if offered & wire.NBD_FLAG_SEND_FUA else 0
+    df = wire.NBD_CMD_FLAG_DF if offered & wire.NBD_FLAG_SEND_DF else 0
+    fast = wire.NBD_CMD_FLAG_FAST_ZERO if offered & wire.NBD_FLAG_SEND_FAST_ZERO else 0
+    allowed = {wire.NBD_CMD_READ: fua | df, wire.NBD_CMD_WRITE: fua | (payload if terms.extended else 0)}
+    if offered & wire.NBD_FLAG_SEND_FLUSH:
+        allowed[wire.NBD_CMD_FLUSH] = fua
+    if offered & wire.NBD_FLAG_SEND_TRIM:
+        allowed[wire.NBD_CMD_TRIM] = fua
+    if offered & wire.NBD_FLAG_SEND_CACHE:
+        allowed[wire.NBD_CMD_CACHE] = fua
+    if offered & wire.NBD_FLAG_SEND_WRITE_ZEROES:
+        allowed[wire.NBD_CMD_WRITE_ZEROES] = fua | fast | wire.NBD_CMD_FLAG_NO_HOLE
+    if terms.contexts:
+        filters = payload if offered & wire.NBD_FLAG_BLOCK_STATUS_PAYLOAD else 0
+        allowed[wire.NBD_CMD_BLOCK_STATUS] = fua | filters | wire.NBD_CMD_FLAG_REQ_ONE
+    return allowed
 
 
 class Listed(NamedTuple):
@@ -196,4 +275,3 @@ class Handshake:
     def tls_started(self) -> list[Event]:
         """The TLS handshake has succeeded; from now on everything goes through it."""
         return self._answer((TlsDue,), None)
-

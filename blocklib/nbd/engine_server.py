@@ -15,7 +15,7 @@ from typing import Final
 
 from blocklib.errors import LocalProtocolError, RemoteProtocolError
 from blocklib.nbd import wire
-from blocklib.nbd.engine import Terms
+from blocklib.nbd.engine import Rules, Terms
 
 _INPUT_SIZE: Final = 1 << 16
 """Bytes of requests and short payloads that one receive may bring."""
@@ -67,13 +67,9 @@ class ServerTransmission:
         self.structured = terms.structured
         self.extended = terms.extended
         export = terms.export
-        self._size = export.size
         self._max_payload = max_payload or max(export.max_payload, wire.DEFAULT_MAX_PAYLOAD)
-        # What a client that was not told otherwise may rely on: any alignment, and payloads of 32 MiB.
-        self._max_transfer = export.max_payload if terms.block_sizes else max(export.max_payload, wire.DEFAULT_MAX_PAYLOAD)
-        self._misaligned = (export.min_block if terms.block_sizes else 1) - 1
+        self._rules = Rules(terms)
         self._allocate = allocate
-        self._flags_of = _allowed_flags(terms)
         self._header = wire.EXTENDED_REQUEST if terms.extended else wire.REQUEST
         self._magic = wire.NBD_EXTENDED_REQUEST_MAGIC if terms.extended else wire.NBD_REQUEST_MAGIC
         self._input = memoryview(bytearray(_INPUT_SIZE + len(trailing)))
@@ -139,8 +135,8 @@ class ServerTransmission:
         """The requests that are complete in what has been received so far, `trailing` included."""
         requests: list[Request] = []
         unpack_from, header_size = self._header.unpack_from, self._header.size
-        size, read_flags = self._size, self._flags_of[_READ]
-        max_transfer, misaligned = self._max_transfer, self._misaligned
+        rules = self._rules
+        size, max_transfer, misaligned, read_flags = rules.size, rules.max_transfer, rules.misaligned, rules.flags_of[_READ]
         if self._due is not None and not self._take_payload(requests):
             return requests
         while self._end - self._start >= header_size:
@@ -197,7 +193,7 @@ class ServerTransmission:
 
     @property
     def _allows_filter(self) -> bool:
-        return bool(self._flags_of.get(wire.NBD_CMD_BLOCK_STATUS, 0) & _PAYLOAD_LEN)
+        return bool(self._rules.flags_of.get(wire.NBD_CMD_BLOCK_STATUS, 0) & _PAYLOAD_LEN)
 
     def _take_payload(self, requests: list[Request]) -> bool:
         """Take from the input what it has of the payload; False while some is still to come."""
@@ -239,29 +235,12 @@ class ServerTransmission:
             request.contexts = ids
 
     def _check(self, request: Request) -> None:
-        """Set `error` where the request breaks a rule of "Request types", "Command flags" or "Error values"."""
-        command, offset, length = request.command, request.offset, request.length
-        allowed = self._flags_of.get(command)
-        if allowed is None:
-            _fail(request, wire.NBD_EINVAL, f"{wire.command_name(command)} is not offered by this export")
-        elif request.flags & ~allowed:
-            _fail(request, wire.NBD_EINVAL, f"{wire.command_name(command)} does not take the flags {request.flags:#x}")
-        elif command in _CHANGES and self.terms.export.flags & wire.NBD_FLAG_READ_ONLY:
-            _fail(request, wire.NBD_EPERM, "the export is read-only")
-        elif command == wire.NBD_CMD_FLUSH:
-            if offset or length:
-                _fail(request, wire.NBD_EINVAL, "a flush with an offset or a length")
-        elif offset + length > self._size:
-            error = wire.NBD_ENOSPC if command in (_WRITE, wire.NBD_CMD_WRITE_ZEROES) else wire.NBD_EINVAL
-            _fail(request, error, f"{length} bytes at {offset} reach outside the export of {self._size}")
-        elif (offset | length) & self._misaligned and command != wire.NBD_CMD_BLOCK_STATUS:
-            _fail(request, wire.NBD_EINVAL, f"{length} bytes at {offset} are not aligned to {self._misaligned + 1}")
-        elif command in (_READ, _WRITE) and length > self._max_transfer:
-            _fail(request, wire.NBD_EINVAL, f"{length} bytes are more than the maximum of {self._max_transfer}")
-        elif command == wire.NBD_CMD_BLOCK_STATUS:
+        """Set `error` where the request breaks a rule; and give a status request the contexts it asks for."""
+        broken = self._rules.broken(request.command, request.flags, request.offset, request.length)
+        if broken is not None:
+            _fail(request, *broken)
+        elif request.command == wire.NBD_CMD_BLOCK_STATUS:
             request.contexts = tuple(self.terms.contexts)
-            if not length:
-                _fail(request, wire.NBD_EINVAL, "block status of no bytes")
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -340,34 +319,10 @@ class ServerTransmission:
         return head + payload
 
 
-_CHANGES: Final = frozenset({_WRITE, wire.NBD_CMD_TRIM, wire.NBD_CMD_WRITE_ZEROES})
-
-
 def _fail(request: Request, error: int, message: str) -> None:
     if not request.error:
         request.error = error
         request.message = message
-
-
-def _allowed_flags(terms: Terms) -> dict[int, int]:
-    """Command -> the flags that it takes on this connection; without those that are not offered."""
-    offered = terms.export.flags
-    fua = wire.NBD_CMD_FLAG_FUA if offered & wire.NBD_FLAG_SEND_FUA else 0
-    df = wire.NBD_CMD_FLAG_DF if offered & wire.NBD_FLAG_SEND_DF else 0
-    fast = wire.NBD_CMD_FLAG_FAST_ZERO if offered & wire.NBD_FLAG_SEND_FAST_ZERO else 0
-    allowed = {_READ: fua | df, _WRITE: fua | (_PAYLOAD_LEN if terms.extended else 0)}
-    if offered & wire.NBD_FLAG_SEND_FLUSH:
-        allowed[wire.NBD_CMD_FLUSH] = fua
-    if offered & wire.NBD_FLAG_SEND_TRIM:
-        allowed[wire.NBD_CMD_TRIM] = fua
-    if offered & wire.NBD_FLAG_SEND_CACHE:
-        allowed[wire.NBD_CMD_CACHE] = fua
-    if offered & wire.NBD_FLAG_SEND_WRITE_ZEROES:
-        allowed[wire.NBD_CMD_WRITE_ZEROES] = fua | fast | wire.NBD_CMD_FLAG_NO_HOLE
-    if terms.contexts:
-        filters = _PAYLOAD_LEN if offered & wire.NBD_FLAG_BLOCK_STATUS_PAYLOAD else 0
-        allowed[wire.NBD_CMD_BLOCK_STATUS] = fua | filters | wire.NBD_CMD_FLAG_REQ_ONE
-    return allowed
 
 
 def _cut_extents(extents: Iterable[tuple[int, int]], request: Request, *, extended: bool) -> list[tuple[int, int]]:

@@ -272,17 +272,9 @@ class ServerHandshake(Handshake):
         return self._ready(terms)
 
     def _terms(self, export: Export, name: str, *, block_sizes: bool) -> Terms:
-        structured = self._structured or self._extended
         contexts = self._contexts if self._contexts_of == name else {}
-        flags = export.flags | wire.NBD_FLAG_HAS_FLAGS
-        if not structured:
-            flags &= ~wire.NBD_FLAG_SEND_DF
-        if not self._extended or not contexts:
-            flags &= ~wire.NBD_FLAG_BLOCK_STATUS_PAYLOAD
-        if not flags & wire.NBD_FLAG_SEND_WRITE_ZEROES:
-            flags &= ~wire.NBD_FLAG_SEND_FAST_ZERO
-        export = export._replace(flags=flags)
-        return Terms(export, structured, self._extended, contexts, block_sizes, self._under_tls)
+        structured = self._structured or self._extended
+        return Terms(export, structured, self._extended, contexts, block_sizes, self._under_tls).settled()
 
     def _ready(self, terms: Terms) -> Ready:
         trailing = bytes(self._input)

@@ -29,6 +29,9 @@ NBD_DEFAULT_PORT: Final = 10809
 
 GREETING: Final = Struct(">QQH")
 """S: INIT_PASSWD, IHAVEOPT, handshake flags."""
+MAGICS: Final = Struct(">QQ")
+"""S: INIT_PASSWD and the second magic, which tells what kind of negotiation follows."""
+SERVER_FLAGS: Final = Struct(">H")
 CLIENT_FLAGS: Final = Struct(">L")
 OPTION: Final = Struct(">QLL")
 """C: IHAVEOPT, option, length of option data."""
@@ -181,6 +184,8 @@ NBD_REPLY_TYPE_FLAG_ERROR: Final = 1 << 15
 NBD_REPLY_TYPE_ERROR: Final = NBD_REPLY_TYPE_FLAG_ERROR + 1
 NBD_REPLY_TYPE_ERROR_OFFSET: Final = NBD_REPLY_TYPE_FLAG_ERROR + 2
 
+MAGIC: Final = Struct(">L")
+"""S: the first field of every reply, which tells its layout."""
 OFFSET: Final = Struct(">Q")
 """The start of an OFFSET_DATA payload; the data follow."""
 OFFSET_HOLE: Final = Struct(">QL")

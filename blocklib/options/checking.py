@@ -142,6 +142,8 @@ def _typed(driver: str, option: Option, value: Any) -> Any:
             return _as_secret(driver, option, value)
         case "throttle-group":
             return _as_throttle_group(driver, option, value)
+        case "tls":
+            return _as_tls(driver, option, value)
         case "node":
             return _as_child(driver, option, value)
         case _:
@@ -203,6 +205,15 @@ def _as_throttle_group(driver: str, option: Option, value: Any) -> Any:
 
     if not isinstance(value, ThrottleGroup):
         raise _bad(driver, option, value, "is a blocklib.ThrottleGroup")
+    return value
+
+
+def _as_tls(driver: str, option: Option, value: Any) -> Any:
+    if not isinstance(value, str):
+        import ssl
+
+        if not isinstance(value, ssl.SSLContext):
+            raise _bad(driver, option, value, "is an ssl.SSLContext")
     return value
 
 

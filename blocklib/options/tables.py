@@ -13,9 +13,11 @@ from blocklib.drivers import check_name
 from blocklib.errors import OptionError
 from blocklib.sizes import MAX_SIZE, GiB, MiB
 
-Kind: TypeAlias = Literal["str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group"]
-"""`name` is the name of a node; `secret` a Secret, or the id of one; `throttle-group` a ThrottleGroup; `node` is a child:
-nested options, a name of a node or file, an open disk, or None."""
+Kind: TypeAlias = Literal[
+    "str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group", "tls"
+]
+"""`name` is the name of a node; `secret` a Secret and `tls` an ssl.SSLContext, or the id of one; `throttle-group` a
+ThrottleGroup; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
 Table: TypeAlias = Literal["open", "create", "amend"]
 
 
@@ -36,6 +38,7 @@ class Option(NamedTuple):
     required: bool = False
 
 
+_WEEK = 7 * 24 * 3600
 _PREALLOCATED_FILE = ("off", "falloc", "full")
 
 COMMON: tuple[Option, ...] = (
@@ -78,6 +81,27 @@ _FILE: tuple[Option, ...] = (
         default="threads",
         choices=("threads", "native", "io_uring"),
     ),
+)
+
+_NBD: tuple[Option, ...] = (
+    Option("filename", "str", "NBD URI of the export, instead of server.* and export"),
+    Option("server.type", "choice", "How the server is reached", choices=("inet", "unix", "fd")),
+    Option("server.host", "str", "Its host, for inet"),
+    Option("server.port", "str", "Its port, for inet (default: 10809)"),
+    Option("server.path", "str", "Path of its socket, for unix"),
+    Option("server.abstract", "bool", "The path is an abstract name"),
+    Option("server.str", "str", "Number of an open socket, for fd"),
+    Option("host", "str", "Old name of server.host"),
+    Option("port", "str", "Old name of server.port"),
+    Option("path", "str", "Old name of server.path"),
+    Option("export", "str", "Name of the export (default: the empty one)"),
+    Option("tls-creds", "tls", "TLS credentials; with them nothing is said in clear text"),
+    Option("tls-hostname", "str", "Name that the server's certificate must have (default: its host)"),
+    Option("x-dirty-bitmap", "str", "Metadata context to be shown instead of base:allocation"),
+    Option("reconnect-delay", "int", "Seconds that requests wait for a lost connection to come back", default=0, maximum=_WEEK),
+    Option("open-timeout", "int", "Seconds that opening waits for the server to appear", default=0, maximum=_WEEK),
+    Option("request-timeout", "int", "Seconds of silence until a server is given up; 0: never", default=300, maximum=_WEEK),
+    Option("connections", "int", "Most connections to a server that allows several", default=4, minimum=1, maximum=64),
 )
 
 _QCOW2: tuple[Option, ...] = (
@@ -137,6 +161,7 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
     "file": _FILE,
     "host_device": _FILE,
     "memory": (Option("size", "size", "Size of the disk", default=0),),
+    "nbd": _NBD,
     "null-co": (
         Option("size", "size", "Size of the disk", default=1 * GiB),
         Option("read-zeroes", "bool", "Reads give zeroes; otherwise their buffers are left alone", default=False),

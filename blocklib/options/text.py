@@ -9,12 +9,14 @@ from blocklib.errors import OptionError
 
 if TYPE_CHECKING:
     import os
+    from ssl import SSLContext
 
     from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
 
 OptionValue: TypeAlias = (
-    "str | int | bool | os.PathLike[str] | Disk | Secret | Mapping[str, OptionValue] | Sequence[OptionValue] | None"
+    "str | int | bool | os.PathLike[str] | Disk | Secret | SSLContext | Mapping[str, OptionValue] | Sequence[OptionValue]"
+    " | None"
 )
 """What an option may be given as."""
 

@@ -412,7 +412,7 @@ def test_a_colon_in_the_folder_is_no_protocol() -> None:
     assert decide("allow", _reference("base", "a:b/top")) == PlainPath("a:b/base")
 
 
-@pytest.mark.parametrize("name", ["foo:bar", "json:", "json:{", 'json:{"a": 1, "a": 2}', "fat:/etc", "nbd:h:1"])
+@pytest.mark.parametrize("name", ["foo:bar", "json:", "json:{", 'json:{"a": 1, "a": 2}', "fat:/etc", "nbd:h"])
 def test_with_allow_a_name_that_makes_no_sense_is_the_images_fault(name: str) -> None:
     with pytest.raises(ImageCorruptError) as caught:
         decide("allow", _reference(name))
