@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main() -> int:
             for steps in (case.ours, *case.theirs):
                 print(f"{'':24}   {' ; '.join(steps)}")
         return 0
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # what is on the disk is removed
     failed = False
     results = []
     with Runner(Images(options.images)) as runner:
