@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
+    from blocklib._fast.extents import Rows
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable, Status
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
 """What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
+
+_T = TypeVar("_T")
 
 _COMPRESS_AT_ONCE = 2 << 20
 """Bytes whose streams are in memory together."""
@@ -315,18 +318,23 @@ class Disk:
         finally:
             tracker.leave()
 
-    def _tracked(self, iterator: Iterator[Extent]) -> Iterator[Extent]:
+    def row_windows(self, offset: int = 0, length: int | None = None, *, base: NodeInfo | None = None) -> Iterator[Rows]:
+        """The same as rows of numbers, some at a time: what jobs and the command line look at."""
+        node, offset, length, below = self._range(offset, length, base)
+        return self._tracked(status.row_windows(node, offset, length, below))
+
+    def _tracked(self, iterator: Iterator[_T]) -> Iterator[_T]:
         """Each step of `iterator` as a request of its own."""
         tracker = self._tracker
         while True:
             tracker.enter()
             try:
-                extent = next(iterator, None)
+                found = next(iterator, None)
             finally:
                 tracker.leave()
-            if extent is None:
+            if found is None:
                 return
-            yield extent
+            yield found
 
     def as_file(self, offset: int = 0, length: int | None = None) -> DiskFile:
         """A raw binary file over the disk, or over a window of it; positions are the window's.

@@ -79,18 +79,14 @@ _TABLES: dict[str, list[tuple[str, str]]] = {
     ],
     # One row a dirty or otherwise marked range.
     "RANGE_DTYPE": [("offset", "i8"), ("length", "i8")],
-    # One row a run of one node: a Run without its child, since a node has one child that holds its data.
-    "RUN_DTYPE": [("offset", "i8"), ("length", "i8"), ("child_offset", "i8"), ("kind", "u1"), ("flags", "u1")],
 }
 
 if TYPE_CHECKING:
     EXTENT_DTYPE: np.dtype[np.void]
     RANGE_DTYPE: np.dtype[np.void]
-    RUN_DTYPE: np.dtype[np.void]
 
     ExtentTable: TypeAlias = NDArray[np.void]
     RangeTable: TypeAlias = NDArray[np.void]
-    RunTable: TypeAlias = NDArray[np.void]
 
 
 def __getattr__(name: str) -> Any:
@@ -101,30 +97,3 @@ def __getattr__(name: str) -> Any:
 
     globals()[name] = dtype = np.dtype(_TABLES[name])
     return dtype
-
-
-def extent_from_status(offset: int, status: Status) -> Extent:
-    """The extent that `status` describes at guest `offset`."""
-    length, flags, depth, host_offset, _node = status
-    return Extent(
-        offset,
-        length,
-        depth,
-        host_offset if flags & FLAG_OFFSET_VALID else None,
-        bool(flags & FLAG_DATA),
-        bool(flags & FLAG_ZERO),
-        bool(flags & FLAG_ALLOCATED),
-        bool(flags & FLAG_COMPRESSED),
-    )
-
-
-def join_extents(first: Extent, second: Extent) -> Extent | None:
-    """Both as one extent if they say the same and follow each other (on the host too), else None."""
-    if first[2] != second[2] or first[4:] != second[4:]:
-        return None
-    if first.host_offset is None or second.host_offset is None:
-        if first.host_offset is not second.host_offset:
-            return None
-    elif first.host_offset + first.length != second.host_offset:
-        return None
-    return first._replace(length=first.length + second.length)

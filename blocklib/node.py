@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self, TypeAlias
 
 from blocklib.errors import PoisonedError, ReadOnlyError, StorageError, UnsupportedFeatureError, UsageError
+from blocklib.extents import FLAG_OFFSET_VALID
 from blocklib.requests import RangeLock
 
 if TYPE_CHECKING:
-    from blocklib.extents import Run, RunTable
+    from blocklib._fast.extents import Rows
+    from blocklib.extents import Run
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
     from blocklib.requests import RequestTracker
@@ -253,19 +255,17 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing to resolve")
 
-    def resolve_table(self, offset: int, length: int) -> RunTable:
-        """The same answer for a whole range: rows of RUN_DTYPE, ascending, contiguous, coalesced, no more and no less."""
-        import numpy as np
-
-        from blocklib import extents
-
-        rows = []
+    def resolve_rows(self, offset: int, length: int, rows: Rows) -> None:
+        """The same answer for a range, as far as there is room for it in `rows`, which is empty; clipped to the range."""
         end = offset + length
-        while offset < end:
-            kind, _child, child_offset, n, flags = self.resolve(offset, end - offset)
-            rows.append((offset, n, child_offset, kind, flags))
+        while offset < end and not rows.full:
+            _kind, _child, child_offset, n, flags = self.resolve(offset, end - offset)
+            rows.append(offset, n, child_offset if flags & FLAG_OFFSET_VALID else -1, flags)
             offset += n
-        return np.array(rows, dtype=extents.RUN_DTYPE)
+
+    def table_entries(self, offset: int, length: int) -> int:
+        """How many entries of tables say where a range lives: what it costs at most to resolve it all."""
+        return 0
 
     def ask_for_holes(self) -> None:
         """Called before block status is reported: find out once whether data may be holes in the child."""

@@ -1,14 +1,17 @@
 """Block status: what ``map``, ``measure``, ``compare`` and every copying job ask of a disk.
 
-The scalar functions are the definition; `extent_table` gives the same answer for a whole range at once, as a numpy table.
+`block_status` and `status_above` are the definition; `row_windows` gives the same answer for a long range, by kernels where
+there is much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from blocklib import extents as vocabulary
+from blocklib._fast import extents as kernels
+from blocklib._fast.extents import DEPTH_SHIFT, SAID, Rows
 from blocklib.extents import (
     FLAG_ALLOCATED,
     FLAG_COMPRESSED,
@@ -21,20 +24,18 @@ from blocklib.extents import (
     KIND_BACKING,
     Extent,
     Status,
-    extent_from_status,
-    join_extents,
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from blocklib.extents import ExtentTable
     from blocklib.node import Node
 
-_SCALAR_CLUSTERS = 1 << 15
-"""Up to this many clusters, asking run by run costs less than importing numpy."""
-_WINDOW = 1 << 38
-"""Guest bytes that `extents` looks at in one table."""
+_FIRST_WINDOW: Final = 1 << 34
+"""Guest bytes that are looked at together, at first."""
+_MANY_ROWS: Final = 1 << 16
+"""Room for the rows that are found together by kernels."""
+_FEW_ROWS: Final = 1 << 8
+"""And one by one."""
 
 
 def block_status(node: Node, offset: int, length: int) -> Status:
@@ -62,15 +63,17 @@ def block_status(node: Node, offset: int, length: int) -> Status:
     leaf: Node = child.node
     host_offset = child_offset
     if flags & FLAG_RECURSE and flags & FLAG_DATA:
-        found, below_flags, _depth, host_offset, below_leaf = _leaf_status(leaf, child_offset, n)
-        if below_flags & FLAG_EOF and below_flags & FLAG_ZERO:
-            flags |= FLAG_ZERO  # a file may end before the last cluster does
-        else:
-            n = min(n, found)
-            flags |= below_flags & FLAG_ZERO
-        leaf = below_leaf or leaf
-        host_offset = child_offset if host_offset < 0 else host_offset
+        n, zero, host_offset, leaf = _holes(leaf, child_offset, n)
+        flags |= zero
     return n, flags & ~FLAG_RECURSE, 0, host_offset, leaf
+
+
+def _holes(leaf: Node, place: int, length: int) -> tuple[int, int, int, Node]:
+    """(length, FLAG_ZERO if that is a hole or else 0, host offset, node that it is in) of data at `place` in the node below."""
+    n, flags, _depth, host_offset, below = _leaf_status(leaf, place, length)
+    if flags & FLAG_EOF and flags & FLAG_ZERO:
+        n = length  # a file may end before the last cluster does
+    return min(n, length), flags & FLAG_ZERO, place if host_offset < 0 else host_offset, below or leaf
 
 
 def _leaf_status(node: Node, offset: int, length: int) -> Status:
@@ -111,16 +114,14 @@ def status_above(top: Node, offset: int, length: int, base: Node | None = None) 
     return n, flags, depth, host_offset, leaf
 
 
-def worth_tables(top: Node, length: int) -> bool:
-    """Whether a range of the disk has so much metadata that numpy is worth importing.  The one place that decides."""
+def worth_tables(top: Node, offset: int, length: int) -> bool:
+    """Whether a range of the disk has so much metadata that kernels pay.  The one place that decides."""
     node: Node | None = skip_filters(top)
-    clusters = 0
-    while node is not None:
-        cluster_size = node.cluster_size()
-        if cluster_size is not None:
-            clusters += length // cluster_size
+    entries = 0
+    while node is not None and offset < node.size:
+        entries += node.table_entries(offset, min(length, node.size - offset))
         node = backing_below(node)
-    return clusters > _SCALAR_CLUSTERS
+    return kernels.worth_entries(entries)
 
 
 def prepare_status(top: Node) -> None:
@@ -133,191 +134,143 @@ def prepare_status(top: Node) -> None:
 
 def extents(top: Node, offset: int, length: int, base: Node | None = None) -> Iterator[Extent]:
     """The extents of a range: lazy, ascending, contiguous, coalesced, clipped."""
-    prepare_status(top)
-    pending: Extent | None = None
-    for extent in _tabled(top, offset, length, base) if worth_tables(top, length) else _scalar(top, offset, length, base):
-        if pending is None:
-            pending = extent
-            continue
-        joined = join_extents(pending, extent)
-        if joined is None:
-            yield pending
-            pending = extent
-        else:
-            pending = joined
-    if pending is not None:
-        yield pending
+    for rows in row_windows(top, offset, length, base):
+        for start, n, place, word in rows:
+            yield Extent(start, n, word >> DEPTH_SHIFT, place if place >= 0 else None, *_SAID[word & SAID])
 
 
-def _scalar(top: Node, offset: int, length: int, base: Node | None) -> Iterator[Extent]:
-    end = offset + length
-    while offset < end:
-        status = status_above(top, offset, end - offset, base)
-        yield extent_from_status(offset, status)
-        offset += status[0]
-
-
-def _tabled(top: Node, offset: int, length: int, base: Node | None) -> Iterator[Extent]:
-    end = offset + length
-    while offset < end:
-        window = min(_WINDOW, end - offset)
-        for row in extent_table(top, offset, window, base).tolist():
-            start, n, depth, host_offset, data, zero, present, compressed = row
-            yield Extent(start, n, depth, host_offset if host_offset >= 0 else None, data, zero, present, compressed)
-        offset += window
-
-
-# -- tables ----------------------------------------------------------------------------------------------------------------
+_SAID: Final = [
+    (bool(word & FLAG_DATA), bool(word & FLAG_ZERO), bool(word & FLAG_ALLOCATED), bool(word & FLAG_COMPRESSED))
+    for word in range(SAID + 1)
+]
+"""The last four fields of an Extent, by the flags of a row."""
 
 
 def extent_table(top: Node, offset: int, length: int, base: Node | None = None) -> ExtentTable:
-    """The extents of a range as rows of EXTENT_DTYPE: what `extents` yields, computed a whole chain at a time."""
+    """The extents of a range as rows of EXTENT_DTYPE: what `extents` yields."""
     import numpy as np
 
-    prepare_status(top)
-    if length == 0:
-        return np.empty(0, dtype=vocabulary.EXTENT_DTYPE)
-    node = skip_filters(top)
-    table = _layer(node, offset, length, 0)
-    depth = 0
-    while True:
-        wanted = np.flatnonzero(~(table["present"] | table["zero"]))
-        below = backing_below(node)
-        if not len(wanted) or below is None:
-            break
-        start = int(table["offset"][wanted[0]])
-        end = int(table["offset"][wanted[-1]] + table["length"][wanted[-1]])
-        if end > below.size:
-            # The image above defers to one that ends here: these zeroes are reported as the upper one's.
-            table = _zero_behind(table, below.size)
-        if below is base:
-            break
-        if start < below.size:
-            table = _merge(table, _layer(below, start, min(end, below.size) - start, depth + 1))
-        depth += 1
-        node = below
-    table["host_offset"][~(table["present"] | table["zero"])] = -1  # a place that is not in use yet tells nothing
-    return _coalesce(table)
-
-
-def _zero_behind(table: ExtentTable, size: int) -> ExtentTable:
-    """The same, where what nothing determines reads as zero from guest offset `size` on."""
-    import numpy as np
-
-    at = int(np.searchsorted(table["offset"], size))
-    if at and table["offset"][at - 1] + table["length"][at - 1] > size:  # one row becomes two
-        table = np.insert(table, at, table[at - 1])
-        before = size - table["offset"][at - 1]
-        table["length"][at - 1] = before
-        table["length"][at] -= before
-        table["offset"][at] = size
-        if table["host_offset"][at] >= 0:
-            table["host_offset"][at] += before
-    table["zero"][at:] |= ~table["present"][at:]
-    return table
-
-
-def _zeroes(start: int, end: int, depth: int, host_offset: int) -> ExtentTable:
-    """The zeroes behind the end of a protocol node."""
-    import numpy as np
-
-    return np.array([(start, end - start, depth, host_offset, False, True, True, False)], dtype=vocabulary.EXTENT_DTYPE)
-
-
-def _layer(node: Node, offset: int, length: int, depth: int) -> ExtentTable:
-    """What one image says of a range."""
-    import numpy as np
-
-    runs = node.resolve_table(offset, length)
-    flags = runs["flags"]
-    if not node.is_leaf and (flags & FLAG_RAW).all():
-        edge = node.data_edge()
-        assert edge is not None
-        shift = int(runs["child_offset"][0]) - offset
-        table = _protocol_layer(edge.node, offset + shift, length, depth)
-        table["offset"] -= shift
-        return table
-    table = np.empty(len(runs), dtype=vocabulary.EXTENT_DTYPE)
-    table["offset"] = runs["offset"]
-    table["length"] = runs["length"]
-    table["depth"] = depth
-    table["host_offset"] = np.where(flags & FLAG_OFFSET_VALID, runs["child_offset"], -1)
-    table["data"] = (flags & FLAG_DATA) != 0
-    table["zero"] = (flags & FLAG_ZERO) != 0
-    table["present"] = (flags & FLAG_ALLOCATED) != 0
-    table["compressed"] = (flags & FLAG_COMPRESSED) != 0
-    if "backing" not in node.children and not node.is_leaf:
-        table["zero"] |= ~table["present"]
-    recurse = (flags & FLAG_RECURSE != 0) & table["data"]
-    return _ask_protocol(node, table, recurse, depth) if recurse.any() else table
-
-
-def _protocol_layer(node: Node, offset: int, length: int, depth: int) -> ExtentTable:
-    import numpy as np
-
-    inside = max(0, min(length, node.size - offset))
-    parts = [_layer(node, offset, inside, depth)] if inside else []
-    if inside < length:
-        parts.append(_zeroes(offset + inside, offset + length, depth, offset + inside))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _ask_protocol(node: Node, table: ExtentTable, recurse: NDArray[Any], depth: int) -> ExtentTable:
-    """Split data rows where the file below has holes: those bytes are zero although they are allocated."""
-    import numpy as np
-
-    edge = node.data_edge()
-    assert edge is not None
     parts = []
-    for row, ask in zip(table, recurse.tolist(), strict=True):
-        if not ask:
-            parts.append(row.reshape(1))
-            continue
-        host_offset = int(row["host_offset"])
-        below = _protocol_layer(edge.node, host_offset, int(row["length"]), depth)
-        split = np.repeat(row, len(below))
-        split["offset"] += below["offset"] - host_offset
-        split["length"] = below["length"]
-        split["host_offset"] = below["offset"]
-        split["zero"] = below["zero"]
-        parts.append(split)
-    return np.concatenate(parts)
+    for rows in row_windows(top, offset, length, base):
+        columns = np.frombuffer(rows.numbers, dtype=np.int64)[: len(rows) * 4].reshape(-1, 4)
+        word = columns[:, 3]
+        table = np.empty(len(rows), dtype=vocabulary.EXTENT_DTYPE)
+        table["offset"] = columns[:, 0]
+        table["length"] = columns[:, 1]
+        table["depth"] = word >> DEPTH_SHIFT
+        table["host_offset"] = columns[:, 2]
+        table["data"] = word & FLAG_DATA
+        table["zero"] = word & FLAG_ZERO
+        table["present"] = word & FLAG_ALLOCATED
+        table["compressed"] = word & FLAG_COMPRESSED
+        parts.append(table)
+    return np.concatenate(parts) if parts else np.empty(0, dtype=vocabulary.EXTENT_DTYPE)
 
 
-def _merge(upper: ExtentTable, lower: ExtentTable) -> ExtentTable:
-    """`upper` where it says what is there, and `lower` where it does not; `lower` covers all of the latter."""
-    import numpy as np
+def row_windows(top: Node, offset: int, length: int, base: Node | None = None) -> Iterator[Rows]:
+    """The extents of a range as rows of `blocklib._fast.extents`, some at a time: what everything else here is made of.
 
-    low = int(lower["offset"][0])
-    high = int(lower["offset"][-1] + lower["length"][-1])
-    end = int(upper["offset"][-1] + upper["length"][-1])
-    inner = lower["offset"][(lower["offset"] > upper["offset"][0])]
-    starts = np.union1d(upper["offset"], np.append(inner, [value for value in (high,) if value < end]))
-    above = upper[np.searchsorted(upper["offset"], starts, side="right") - 1]
-    index = np.clip(np.searchsorted(lower["offset"], starts, side="right") - 1, 0, None)
-    below = lower[index]
-    take = ~(above["present"] | above["zero"]) & (starts >= low) & (starts < high)
-    merged = np.where(take, below, above)
-    placed = merged["host_offset"] >= 0
-    merged["host_offset"] = np.where(placed, merged["host_offset"] + (starts - merged["offset"]), -1)
-    merged["offset"] = starts
-    merged["length"] = np.diff(starts, append=end)
-    return _coalesce(merged)
+    Where there is little to look at, or until there proves to be much, they are found one by one.
+    """
+    prepare_status(top)
+    tables = length > 0 and worth_tables(top, offset, length)
+    end = offset + length
+    window = _FIRST_WINDOW
+    held = None  # the last row: the next window may go on with it
+    while offset < end:
+        asked = min(window, end - offset) if tables else end - offset
+        if tables:
+            rows = _table(top, offset, asked, base)
+            covered = rows.end - offset
+            window = window * 4 if covered == asked else covered  # what one image has more of than others is not read again
+        else:
+            rows = _one_by_one(top, offset, asked, base)
+            tables = kernels.worth_rows(len(rows))
+        offset = rows.end
+        if held is not None and not rows.prepend(*held):
+            yield kernels.one_row(*held)
+        held = rows.pop()
+        if len(rows):
+            yield rows
+    if held is not None:
+        yield kernels.one_row(*held)
 
 
-def _coalesce(table: ExtentTable) -> ExtentTable:
-    """Join neighbours that say the same and, where they have a place, follow each other there."""
-    import numpy as np
+def _one_by_one(top: Node, offset: int, length: int, base: Node | None) -> Rows:
+    """The first rows of a range: the definition."""
+    rows = Rows(_FEW_ROWS)
+    end = offset + length
+    while offset < end and not rows.full:
+        n, flags, depth, host_offset, _leaf = status_above(top, offset, end - offset, base)
+        rows.append(offset, n, host_offset if flags & FLAG_OFFSET_VALID else -1, flags & SAID | depth << DEPTH_SHIFT)
+        offset += n
+    return rows
 
-    if len(table) < 2:
-        return table
-    left, right = table[:-1], table[1:]
-    placed = left["host_offset"] >= 0
-    joins = right["host_offset"] == np.where(placed, left["host_offset"] + left["length"], -1)
-    for column in ("depth", "data", "zero", "present", "compressed"):
-        joins &= left[column] == right[column]
-    index = np.flatnonzero(np.concatenate(([True], ~joins)))
-    joined = table[index].copy()
-    end = table["offset"][-1] + table["length"][-1]
-    joined["length"] = np.diff(joined["offset"], append=end)
-    return joined
+
+# -- whole tables, by kernels ----------------------------------------------------------------------------------------------
+
+
+def _table(top: Node, offset: int, length: int, base: Node | None) -> Rows:
+    """The same rows, of as much of the range as there is room for."""
+    node = skip_filters(top)
+    below = backing_below(node)
+    rows = kernels.labelled(_runs(node, offset, length), 0, 0 if below is None else below.size)
+    depth = 0
+    while below is not None and below is not base:
+        start, end = kernels.undetermined(rows)
+        if start == end:
+            break
+        node, below = below, backing_below(below)
+        depth += 1
+        lower = kernels.labelled(_runs(node, start, end - start), depth, 0 if below is None else below.size)
+        if lower.end < end:
+            rows.clip(offset, lower.end)
+        rows = kernels.merged(rows, lower)
+    return rows
+
+
+def _runs(node: Node, offset: int, length: int) -> Rows:
+    """What one image says of a range, of as much of it as there is room for."""
+    rows = Rows(_MANY_ROWS)
+    node.resolve_rows(offset, length, rows)
+    if node.is_leaf:
+        return rows
+    edge = node.data_edge()
+    words = rows.words
+    if any(word & FLAG_RAW for word in words):
+        assert edge is not None
+        (_offset, n, place, _word), *others = rows
+        assert not others
+        below = Rows(_MANY_ROWS)
+        _add_leaf_rows(below, edge.node, offset, place, n)
+        return below
+    if any(word & FLAG_RECURSE and word & FLAG_DATA for word in words):
+        assert edge is not None
+        return _asked(rows, edge.node)
+    return rows
+
+
+def _add_leaf_rows(rows: Rows, leaf: Node, offset: int, place: int, length: int) -> None:
+    """Add what a node below a format says of its bytes from `place` on, which are those of the disk from `offset` on."""
+    done = 0
+    while done < length and not rows.full:
+        n, flags, _depth, host_offset, _leaf = _leaf_status(leaf, place + done, length - done)
+        rows.append(offset + done, n, host_offset if flags & FLAG_OFFSET_VALID else -1, flags & SAID)
+        done += n
+
+
+def _asked(runs: Rows, leaf: Node) -> Rows:
+    """Split rows of data where the file below has holes: those bytes are zero although they are allocated."""
+    rows = Rows(_MANY_ROWS)
+    for offset, length, place, word in runs:
+        done = 0
+        while done < length and not rows.full:
+            n, flags, below = length - done, word & SAID, place + done if place >= 0 else -1
+            if word & FLAG_RECURSE and word & FLAG_DATA:
+                n, zero, below, _node = _holes(leaf, below, n)
+                flags |= zero
+            rows.append(offset + done, n, below, flags)
+            done += n
+        if rows.full:
+            break
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
@@ -21,6 +22,11 @@ def way(kernel: Kernel, name: str) -> Callable[..., int]:
         return kernel.loaded()
     if name == "plain":
         return lambda *arguments: int(kernel.function(*(_view(one) for one in arguments)))
+    return _checked(kernel)
+
+
+@cache
+def _checked(kernel: Kernel) -> Callable[..., int]:
     helpers = compiler.compiled_helpers(kernel.family.helpers, boundscheck=True)
     compiled: Any = numba.njit(boundscheck=True, error_model="numpy")
     checked = compiled(compiler.with_globals(kernel.function, helpers))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blocklib import status
+from blocklib.extents import Extent
 from blocklib.graph import ALL, Edge, Transaction
 from blocklib.node import CONSISTENT_READ, Node
 from tests.programs import find_program
@@ -32,6 +34,27 @@ def used(node: Node, wanted: int = CONSISTENT_READ, shared: int = ALL) -> Iterat
     finally:
         with Transaction() as change:
             change.detach(edge)
+
+
+def tabled(node: Node, offset: int, length: int, base: Node | None = None) -> list[Extent]:
+    """The extents of a range, found by kernels however little there is, in windows that are soon full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(status, "worth_tables", lambda *_range: True)
+        patch.setattr(status, "_FIRST_WINDOW", 1 << 17)
+        patch.setattr(status, "_MANY_ROWS", 64)
+        return list(status.extents(node, offset, length, base))
+
+
+def join_extents(first: Extent, second: Extent) -> Extent | None:
+    """Both as one extent if they say the same and follow each other (on the host too), else None."""
+    if first[2] != second[2] or first[4:] != second[4:]:
+        return None
+    if first.host_offset is None or second.host_offset is None:
+        if first.host_offset is not second.host_offset:
+            return None
+    elif first.host_offset + first.length != second.host_offset:
+        return None
+    return first._replace(length=first.length + second.length)
 
 
 @contextmanager

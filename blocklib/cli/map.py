@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from blocklib._fast.extents import DATA, DEPTH_SHIFT, ZERO, json_text, one_row
 from blocklib.cli.common import (
     FORCE_SHARE,
     FORMAT,
@@ -21,10 +23,9 @@ from blocklib.cli.common import (
 from blocklib.cli.getopt import Given, Option, Syntax
 from blocklib.cli.output import printable
 from blocklib.cli.session import Failure, Session
-from blocklib.extents import Extent, join_extents
 
 if TYPE_CHECKING:
-    from blocklib.disk import Disk
+    from blocklib._fast.extents import Rows
 
 SYNTAX = Syntax(
     "FILE",
@@ -40,7 +41,8 @@ SYNTAX = Syntax(
     ),
 )
 
-_NOTHING = Extent(0, 0, 0, None, data=False, zero=False, present=False, compressed=False)
+_BUFFER = 1 << 20
+"""Bytes of text that are made at a time."""
 
 
 def run(session: Session, given: Given) -> int:
@@ -52,7 +54,8 @@ def run(session: Session, given: Given) -> int:
     limit = None if longest is None else size_value(longest, "maximal length")
     with open_image(session, given, name) as disk:
         length = max(0, disk.size - start)
-        found = _joined(session, disk, start, length if limit is None else min(length, limit))
+        length = length if limit is None else min(length, limit)
+        found = _watched(session, disk.row_windows(start, length) if length else ())
         if as_json:
             print_json(found, start)
         else:
@@ -60,57 +63,43 @@ def run(session: Session, given: Given) -> int:
     return 0
 
 
-def _joined(session: Session, disk: Disk, start: int, length: int) -> Iterator[Extent]:
-    """The extents of the range with neighbours that say the same made one."""
-    last: Extent | None = None
-    for extent in disk.extents(start, length) if length else ():
+def _watched(session: Session, windows: Iterable[Rows]) -> Iterator[Rows]:
+    for rows in windows:
         session.check()
-        joined = None if last is None else join_extents(last, extent)
-        if last is not None and joined is None:
-            yield last
-        last = joined or extent
-    if last is not None:
-        yield last
+        yield rows
 
 
-def print_json(extents: Iterable[Extent], start: int) -> None:
+def print_json(windows: Iterable[Rows], start: int) -> None:
     """One entry a line, as qemu-img prints them; for an empty range one entry of no length at `start`."""
-    separator = "["
-    for extent in extents:
-        print(separator, json_entry(extent), sep="", end="")
-        separator = ",\n"
-    if separator == "[":
-        print(separator, json_entry(_NOTHING._replace(offset=start)), sep="", end="")
+    buffer = bytearray(_BUFFER)
+    print("[", end="")
+    begun = False
+    for rows in windows:
+        for part in json_text(rows, buffer):
+            text = bytes(part).decode("ascii")
+            sys.stdout.write(text if begun else text.removeprefix(",\n"))
+            begun = True
+    if not begun:
+        text = b"".join(json_text(one_row(start, 0, -1, 0), buffer)).decode("ascii")
+        sys.stdout.write(text.removeprefix(",\n"))
     print("]")
 
 
-def json_entry(extent: Extent) -> str:
-    """One extent in the words of QEMU's MapEntry."""
-    offset = "" if extent.host_offset is None else f', "offset": {extent.host_offset}'
-    return (
-        f'{{ "start": {extent.offset}, "length": {extent.length}, "depth": {extent.depth}, "present": '
-        f'{_word(extent.present)}, "zero": {_word(extent.zero)}, "data": {_word(extent.data)}{offset}}}'
-    )
-
-
-def _word(value: bool) -> str:
-    return "true" if value else "false"
-
-
-def print_human(extents: Iterable[Extent], filenames: list[str]) -> None:
+def print_human(windows: Iterable[Rows], filenames: list[str]) -> None:
     """Only what holds data.  Raises Failure at data that cannot be found in a file as it is."""
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-    for extent in extents:
-        if not extent.data:
-            continue
-        if extent.host_offset is None:
-            raise Failure(
-                f"the range at {extent.offset:#x} is compressed or encrypted: there is no place to show for people"
-                " (--output=json can tell of it)"
-            )
-        if not extent.zero:
-            place = f"{_hex(extent.offset):<16}{_hex(extent.length):<16}{_hex(extent.host_offset):<16}"
-            print(f"{place}{printable(filenames[extent.depth])}")
+    for rows in windows:
+        for offset, length, place, word in rows:
+            if not word & DATA:
+                continue
+            if place < 0:
+                raise Failure(
+                    f"the range at {offset:#x} is compressed or encrypted: there is no place to show for people"
+                    " (--output=json can tell of it)"
+                )
+            if not word & ZERO:
+                columns = f"{_hex(offset):<16}{_hex(length):<16}{_hex(place):<16}"
+                print(f"{columns}{printable(filenames[word >> DEPTH_SHIFT])}")
 
 
 def _hex(number: int) -> str:

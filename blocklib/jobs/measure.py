@@ -6,16 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocklib import drivers
+from blocklib._fast.extents import units_with_data
 from blocklib.errors import OptionError, UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.runs import COPY, Run, runs_of
 from blocklib.options import check_options
 from blocklib.records import Record
 from blocklib.reports import MeasureResult
 
 if TYPE_CHECKING:
+    from blocklib._fast.extents import Rows
     from blocklib.disk import Disk
     from blocklib.options import OptionValue
     from blocklib.policy import Target
@@ -60,15 +61,15 @@ class _Measure(Record, Task[MeasureResult]):
             return self._result(self.size, [])
         with opened(self.source) as disk:
             control.set_total(disk.size)
-            result = self._result(disk.size, _watched(control, runs_of(disk, 0, disk.size)))
+            result = self._result(disk.size, _watched(control, disk.row_windows()))
             bitmaps = self._bitmaps(disk)
         return MeasureResult(result.required, result.fully_allocated, bitmaps)
 
-    def _result(self, size: int, runs: Iterable[Run]) -> MeasureResult:
+    def _result(self, size: int, windows: Iterable[Rows]) -> MeasureResult:
         def data_bytes(unit: int) -> int:
             if self.source is not None and self.options.get("backing_file") is not None:
                 return size  # what the backing file has of it is not looked at, so there is room for all
-            return _units_with_data(runs, unit) * unit
+            return _units_with_data(windows, unit) * unit
 
         required, fully_allocated = drivers.load(self.format).measure({**self.options, "size": size}, data_bytes)
         return MeasureResult(required, fully_allocated)
@@ -81,20 +82,20 @@ class _Measure(Record, Task[MeasureResult]):
         return drivers.load(self.format).measure_bitmaps({**self.options, "size": disk.size}, stored)
 
 
-def _watched(control: Control, runs: Iterable[Run]) -> Iterable[Run]:
-    """The same runs; between them the job may be paused or cancelled."""
-    for run in runs:
+def _watched(control: Control, windows: Iterable[Rows]) -> Iterable[Rows]:
+    """The same windows; between them the job may be paused or cancelled."""
+    done = 0
+    for rows in windows:
         control.pause_point()
-        yield run
-        control.advance(run[1])
+        yield rows
+        control.advance(rows.end - done)
+        done = rows.end
 
 
-def _units_with_data(runs: Iterable[Run], unit: int) -> int:
-    """How many units of the new image will hold any data."""
+def _units_with_data(windows: Iterable[Rows], unit: int) -> int:
+    """How many units of the new image, of a power of two bytes, will hold any data."""
     units = counted = 0
-    for offset, length, what in runs:
-        if what == COPY:
-            first = max(offset // unit, counted)
-            counted = -(-(offset + length) // unit)
-            units += counted - first
+    for rows in windows:
+        more, counted = units_with_data(rows, unit.bit_length() - 1, counted)
+        units += more
     return units

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from blocklib import status
+from blocklib._fast.extents import actions
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
-    from blocklib.extents import ExtentTable
     from blocklib.reports import NodeInfo
 
 SKIP: Final = 0
@@ -31,11 +30,6 @@ _MOST_RUNS: Final = 1024
 """And it has at most so many runs."""
 _PAGE: Final = 4096
 _READ: Final = (COPY, COMPARE)
-
-_FIRST_WINDOW: Final = 256 << 20
-_LAST_WINDOW: Final = 1 << 42
-_FEW_ROWS: Final = 1 << 14
-"""A table this short says that a larger window will do."""
 
 
 def runs_of(disk: Disk, offset: int, length: int) -> Iterator[Run]:
@@ -56,31 +50,8 @@ _WHOLE: Final = (COPY, ZERO, COPY, ZERO)
 
 
 def _runs(disk: Disk, offset: int, length: int, base: NodeInfo | None, meaning: tuple[int, int, int, int]) -> Iterator[Run]:
-    if not status.worth_tables(disk.node, length):
-        for extent in disk.extents(offset, length, base=base):
-            yield extent.offset, extent.length, meaning[extent.present << 1 | extent.zero]
-        return
-    window = _FIRST_WINDOW
-    end = offset + length
-    while offset < end:
-        n = min(window, end - offset)
-        table = disk.map(offset, n, base=base)
-        yield from _rows(table, meaning)
-        offset += n
-        if len(table) < _FEW_ROWS:
-            window = min(window * 2, _LAST_WINDOW)
-
-
-def _rows(table: ExtentTable, meaning: tuple[int, int, int, int]) -> list[Run]:
-    """The rows of a table as runs, neighbours joined before any becomes a Python object."""
-    import numpy as np
-
-    what = np.array(meaning)[(table["present"].astype(np.intp) << 1) | table["zero"]]
-    first = np.flatnonzero(np.diff(what, prepend=-1))
-    starts = table["offset"][first]
-    end = int(table["offset"][-1] + table["length"][-1])
-    lengths = np.diff(starts, append=end)
-    return list(zip(starts.tolist(), lengths.tolist(), what[first].tolist(), strict=True))
+    for rows in disk.row_windows(offset, length, base=base):
+        yield from actions(rows, meaning)
 
 
 def without_small_zeroes(runs: Iterable[Run], least: int) -> Iterator[Run]:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blocklib import status
 from blocklib.disk import Disk
-from blocklib.extents import Extent, join_extents
+from blocklib.extents import Extent
+from tests.nodes import join_extents, tabled
 from tests.property.chains import Change, ImageSpec, Place, build_chain, open_image
 from tests.property.strategies import chain_specs, changes, places
 
@@ -91,7 +91,7 @@ def test_extents_and_map_agree_and_tell_the_truth(
             # All questions first: reading a preallocated part of a raw file makes its holes data for the kernel.
             whole = list(disk.extents())
             assert as_extents(disk.map()) == whole
-            assert list(status._tabled(disk.node, 0, disk.size, None)) == whole
+            assert tabled(disk.node, 0, disk.size) == whole
             for place in windows:
                 offset, length = place.on(top.size, top.spec.cluster_size)
                 part = clipped(whole, offset, length)

@@ -506,8 +506,8 @@ def test_runs_by_tables_equal_runs_one_by_one(tmp_path: Path, monkeypatch: pytes
     with blocklib.open(top, format="qcow2", references="allow") as disk:
         answers = []
         for worth in (False, True):
-            monkeypatch.setattr("blocklib.status.worth_tables", lambda _node, _length, worth=worth: worth)
-            monkeypatch.setattr("blocklib.jobs.runs._FIRST_WINDOW", 128 * KiB)
+            monkeypatch.setattr("blocklib.status.worth_tables", lambda *_range, worth=worth: worth)
+            monkeypatch.setattr("blocklib.status._FIRST_WINDOW", 128 * KiB)
             own = runs_above(disk, 0, disk.size, disk.chain()[1], absent=SKIP, absent_zero=COMPARE)
             answers.append((list(coalesced(runs_of(disk, 0, disk.size))), list(coalesced(own))))
     assert answers[0] == answers[1]

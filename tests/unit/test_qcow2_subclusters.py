@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from blocklib import status
 from blocklib.disk import Disk
 from blocklib.errors import ImageCorruptError, OptionError, StorageError
-from blocklib.extents import Extent, join_extents
+from blocklib.extents import Extent
 from blocklib.formats.qcow2 import layout, subclusters, zeroing
 from blocklib.formats.qcow2.cow import AllocationTicket
 from blocklib.formats.qcow2.create import header_for
@@ -22,6 +21,7 @@ from blocklib.formats.qcow2.zeroing import Erasure
 from blocklib.options import check_options
 from tests.crash.recording import RecordingNode
 from tests.crash.workload import disk_on, new_image
+from tests.nodes import join_extents, tabled
 
 CLUSTER = 16384
 SUB = 512
@@ -184,12 +184,12 @@ def test_every_state_reads_and_maps_as_the_specification_says(seed: int, below: 
             assert disk.read(offset, CLUSTER + 700) == content[offset : offset + CLUSTER + 700]
         extents = [extent for extent in disk.extents() if extent.depth == 0]
         assert extents == [e for e in expected_extents(image, states, backing_size) if e.depth == 0]
-        assert list(status._tabled(disk.node, 0, disk.size, None)) == list(disk.extents())
+        assert tabled(disk.node, 0, disk.size) == list(disk.extents())
         for offset in (0, 3 * SUB, CLUSTER + 100, 2 * CLUSTER - SUB):
             part = [tuple(row) for row in disk.map(offset, CLUSTER + SUB).tolist()]
             assert part == [(*e[:3], -1 if e[3] is None else e[3], *e[4:]) for e in disk.extents(offset, CLUSTER + SUB)]
         for chain in disk.chain()[1:]:
-            assert list(status._tabled(disk.node, 0, disk.size, below.node)) == list(disk.extents(base=chain))
+            assert tabled(disk.node, 0, disk.size, below.node) == list(disk.extents(base=chain))
         disk.abandon()
 
 

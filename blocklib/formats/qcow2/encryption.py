@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from blocklib.crypto import luks
 from blocklib.crypto.ciphers import AES_KEY_LENGTHS, SECTOR, SectorCipher
@@ -21,7 +21,6 @@ from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RECURSE, KIND_DATA, KIND_SP
 from blocklib.formats.qcow2 import layout
 
 if TYPE_CHECKING:
-    from blocklib.extents import RunTable
     from blocklib.formats.qcow2.header import Header
     from blocklib.formats.qcow2.node import Qcow2Node
 
@@ -31,7 +30,6 @@ _PIECE: Final = 2 << 20
 """A write is encrypted in pieces of so many bytes: it needs a copy of what it encrypts."""
 _LEGACY_KEY_LENGTH: Final = 16
 _POINTER: Final = struct.Struct(layout.ENCRYPTION_EXTENSION_FORMAT)
-_HIDES: Final = ~(FLAG_OFFSET_VALID | FLAG_RECURSE)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -117,6 +115,9 @@ def read_area(node: Qcow2Node, offset: int, length: int) -> bytes:
 class _Hiding:
     """What an encrypted image tells of its data, whether it has its key or not."""
 
+    told: ClassVar[int] = ~(FLAG_OFFSET_VALID | FLAG_RECURSE)
+    """The flags of a run that others may see."""
+
     @staticmethod
     def hidden(run: Run) -> Run:
         """`run` as others see it: nobody but the node can read its data, and nobody is told where it is.
@@ -124,17 +125,7 @@ class _Hiding:
         The child and the place stay in the tuple, for `Encryption.read` alone.
         """
         kind, child, place, length, flags = run
-        return KIND_SPECIAL if kind == KIND_DATA else kind, child, place, length, flags & _HIDES
-
-    @staticmethod
-    def hide_table(runs: RunTable) -> RunTable:
-        """The same for a table of runs; those that say the same now are joined."""
-        from blocklib.formats.qcow2.mapping_table import coalesce_runs
-
-        runs["kind"][runs["kind"] == KIND_DATA] = KIND_SPECIAL
-        runs["flags"] &= _HIDES & 0xFF
-        runs["child_offset"] = 0
-        return coalesce_runs(runs)
+        return KIND_SPECIAL if kind == KIND_DATA else kind, child, place, length, flags & _Hiding.told
 
 
 class Encryption(_Hiding):

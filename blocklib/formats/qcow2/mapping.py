@@ -28,7 +28,7 @@ from blocklib.extents import (
 )
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.cache import TableCache
-from blocklib.formats.qcow2.tables import Table
+from blocklib.formats.qcow2.tables import Table, zeroes_end
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -168,12 +168,27 @@ class Mapping:
 
     def unmapped_length(self, offset: int, length: int) -> int:
         """How many of the `length` bytes from guest `offset`, which has no L2 table, have none either."""
-        index = offset >> self._l1_shift
-        last = (offset + length - 1) >> self._l1_shift
+        index = (offset >> self._l1_shift) + 1
+        stop = ((offset + length - 1) >> self._l1_shift) + 1
         l1 = self.l1
-        while index < last and not l1[index + 1] & _OFFSET_MASK:
+        while index < stop and not l1[index] & _OFFSET_MASK:
+            index = max(index + 1, zeroes_end(l1, index, stop))
+        return min(length, (index << self._l1_shift) - offset)
+
+    def mapped_length(self, offset: int, length: int, most: int) -> int:
+        """How many of the `length` bytes from guest `offset`, which has an L2 table, have one, of `most` bytes of tables."""
+        index = (offset >> self._l1_shift) + 1
+        stop = min((offset + length - 1) >> self._l1_shift, index + (most >> self._cluster_bits) - 2) + 1
+        l1 = self.l1
+        while index < stop and l1[index] & _OFFSET_MASK:
             index += 1
-        return min(length, ((index + 1) << self._l1_shift) - offset)
+        return min(length, (index << self._l1_shift) - offset)
+
+    def entries(self, offset: int, length: int) -> int:
+        """How many L2 entries there are for the range."""
+        first, stop = offset >> self._l1_shift, (offset + length + (1 << self._l1_shift) - 1) >> self._l1_shift
+        present = self.l1[first:stop]
+        return (len(present) - present.count(0)) << self.geometry.l2_bits
 
     def index_in_slice(self, offset: int) -> int:
         return offset >> self._cluster_bits & (self.slice_entries - 1)

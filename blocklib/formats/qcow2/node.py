@@ -41,7 +41,7 @@ from blocklib.policy import Limits
 from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
-    from blocklib.extents import RunTable
+    from blocklib._fast.extents import Rows
     from blocklib.formats.qcow2.encryption import Encryption, Locked
     from blocklib.formats.qcow2.header_write import HeaderWrite
     from blocklib.graph import Edge
@@ -327,11 +327,14 @@ class Qcow2Node(SnapshotNode):
         run = mapping.resolve(table, mapping.index_in_slice(offset), offset, length, self.data)
         return run if self.crypt is None else self.crypt.hidden(run)
 
-    def resolve_table(self, offset: int, length: int) -> RunTable:
-        from blocklib.formats.qcow2.mapping_table import resolve_table
+    def resolve_rows(self, offset: int, length: int, rows: Rows) -> None:
+        from blocklib.formats.qcow2.mapping_table import resolve_rows
 
-        runs = resolve_table(self.mapping, self.file, offset, length)
-        return runs if self.crypt is None else self.crypt.hide_table(runs)
+        told = -1 if self.crypt is None else self.crypt.told
+        resolve_rows(self.mapping, self.file, self.resolve, told, offset, length, rows)
+
+    def table_entries(self, offset: int, length: int) -> int:
+        return self.mapping.entries(offset, length)
 
     def read_special(self, offset: int, view: memoryview) -> bool:
         if self.crypt is not None and self.crypt.read(self, offset, view):

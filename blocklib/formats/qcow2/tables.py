@@ -40,6 +40,19 @@ def zero_table(typecode: str, length: int) -> Table:
     return array(typecode, bytes(length))
 
 
+def zeroes_end(table: Table, index: int, stop: int) -> int:
+    """The first of the entries [index, stop) that is not zero, or `stop`: nothing is done for each of many."""
+    step = 16
+    while index < stop:
+        part = table[index : min(index + step, stop)].tobytes()
+        left = len(part.lstrip(b"\0"))
+        if left:
+            return index + (len(part) - left) // table.itemsize
+        index += step
+        step = min(step * 8, 1 << 16)
+    return stop
+
+
 def read_table(file: Edge, typecode: str, host_offset: int, length: int) -> Table:
     """Load a table of `length` bytes from `host_offset`; what lies past the end of the file reads as zero."""
     buffer = bytearray(length)
