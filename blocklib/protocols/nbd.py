@@ -35,7 +35,6 @@ from blocklib.node import Node, PendingChange, Preallocation
 if TYPE_CHECKING:
     import ssl
 
-    from blocklib.extents import RunTable
 
 _SECTOR: Final = 512
 _STATUS_KEPT: Final = 1.0
@@ -274,40 +273,6 @@ class NbdNode(Node):
         with self._status_lock:
             self._changes += 1
             self._status = None
-
-    def resolve_table(self, offset: int, length: int) -> RunTable:
-        if not self._tells_status:
-            return super().resolve_table(offset, length)
-        import numpy as np
-
-        from blocklib import extents
-
-        end = min(offset + length, self._served)
-        tables = []
-        while offset < end:
-            status = self._status_at(offset)
-            ends = np.minimum(np.frombuffer(status.ends, np.uint64).astype(np.int64), end)
-            states = np.frombuffer(status.states, status.states.typecode) & 3
-            starts = np.maximum(np.concatenate(([status.start], ends[:-1])), offset)
-            kept = starts < ends
-            # Neighbours that say the same are one run, whatever their other bits are.
-            first = kept & np.concatenate(([True], states[1:] != states[:-1]))
-            first[np.argmax(kept)] = True
-            places = np.flatnonzero(first)
-            table = np.zeros(len(places), extents.RUN_DTYPE)
-            last = int(np.flatnonzero(kept)[-1])
-            stops = np.concatenate((starts[places[1:]], ends[last : last + 1]))
-            table["offset"] = table["child_offset"] = starts[places]
-            table["length"] = stops - starts[places]
-            kinds = np.array([kind for kind, _ in _RUN_OF_STATE], np.uint8)
-            flags = np.array([flag for _, flag in _RUN_OF_STATE], np.uint8)
-            table["kind"] = kinds[states[places]]
-            table["flags"] = flags[states[places]]
-            if stops[-1] == self._served:
-                table["flags"][-1] |= FLAG_EOF
-            tables.append(table)
-            offset = int(stops[-1])
-        return np.concatenate(tables) if len(tables) > 1 else tables[0]
 
 
 _RUN_OF_STATE: Final = (
