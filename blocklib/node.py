@@ -96,6 +96,9 @@ class Compressor(Protocol):
     def compress(self, data: memoryview, /) -> list[bytes | None]:
         """Each unit of `data` compressed, or None where it does not shrink."""
 
+    def compress_piece(self, number: int, parts: Sequence[memoryview], /) -> Sequence[Sequence[bytes | None]]:
+        """The same for each of `parts`, which belong to piece `number` of something larger: 0, 1 and so on, each once."""
+
 
 class PendingChange:
     """The prepared half of a two-phase change of a node (a reopen, other permissions); exactly one method is called."""

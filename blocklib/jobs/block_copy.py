@@ -132,8 +132,9 @@ class BlockCopy:
             for first, last in self._scanner.changed_parts(view, other, offset):
                 self._add_writes(writes, offset + first, view[first:last])
         if self._compression is not None:
-            compress = self._compression.compressor.compress
-            writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
+            parts = [write.data for write in writes if write.data is not None]
+            packed = iter(self._compression.compressor.compress_piece(piece.index, parts))
+            writes = [write if write.data is None else write._replace(packed=next(packed)) for write in writes]
         if self._unordered:
             self._write(writes)
         elif self._crew.take_turn(piece):

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,61 @@ def test_streams_do_not_depend_on_what_was_compressed_before() -> None:
     first = compressor.compress(data)
     compressor.compress(memoryview(text(256 * KiB, seed=5)))
     assert compressor.compress(data) == first
+
+
+def pieces_of_all_kinds(n: int, length: int) -> list[list[memoryview]]:
+    """Text, noise and zeroes, several stretches a piece, the last of which ends early."""
+    choose = random.Random(5)
+    data = text(2 * MiB)
+    made = []
+    for number in range(n):
+        start = choose.randrange(len(data) - length)
+        first, last = data[start : start + length], data[start : start + length // 4 + 99]
+        parts = [] if number == 3 else [first, choose.randbytes(length // 2), bytes(length // 4), last]
+        made.append([memoryview(part) for part in parts])
+    return made
+
+
+@pytest.mark.parametrize("unit", [4 * KiB, 128 * KiB])
+def test_streams_of_many_pieces_do_not_depend_on_which_is_done_first(unit: int) -> None:
+    """Up to 64 at a time: what is known of a piece 64 before is always there."""
+    pieces = pieces_of_all_kinds(80, 2 * unit)
+    expected: dict[int, Any] = {}
+    for seed in range(3):
+        compressor = Compressor(layout.COMPRESSION_DEFLATE, unit)
+        order = list(range(len(pieces)))
+        if seed:
+            choose = random.Random(seed)
+            order = [*choose.sample(range(40), 40), *choose.sample(range(40, 80), 40)]
+        found: dict[int, Any] = dict(sorted((number, compressor.compress_piece(number, pieces[number])) for number in order))
+        expected = expected or found
+        assert found == expected
+    for number, parts in enumerate(pieces):
+        for part, streams in zip(parts, expected[number], strict=True):
+            for start, stream in zip(range(0, len(part), unit), streams, strict=True):
+                cluster = bytes(part[start : start + unit]).ljust(unit, b"\0")
+                if stream is not None:
+                    assert decompress(stream, unit, layout.COMPRESSION_DEFLATE, host_offset=0, node=None) == cluster
+
+
+@pytest.mark.parametrize("unit", [16 * KiB, 128 * KiB])
+def test_what_noise_leaves_is_spent_on_speed_and_the_whole_stays_within_six_percent(unit: int) -> None:
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))
+    data = memoryview(b"".join(path.read_bytes() for path in sources)[: 6 * MiB])
+    noise = memoryview(random.Random(6).randbytes(128 * KiB))
+    fast, good = (Compressor(layout.COMPRESSION_DEFLATE, unit, level) for level in (3, 6))
+
+    def total(made: Iterable[Sequence[bytes | None]]) -> int:
+        return sum(unit if stream is None else len(stream) for streams in made for stream in streams)
+
+    parts = [data[start : start + 512 * KiB] for start in range(0, len(data), 512 * KiB)]
+    texts, mixed = (Compressor(layout.COMPRESSION_DEFLATE, unit) for _ in range(2))
+    only_text = total(streams for n, part in enumerate(parts) for streams in texts.compress_piece(n, [part]))
+    with_noise = total(streams for n, part in enumerate(parts) for streams in mixed.compress_piece(n, [noise, part]))
+    limit = total(good.compress(part) for part in parts)
+    assert only_text <= 1.06 * limit < total(fast.compress(part) for part in parts)
+    assert with_noise - len(noise) * len(parts) > only_text
+    assert with_noise <= 1.06 * (limit + len(noise) * len(parts))
 
 
 @pytest.mark.parametrize(("kind", "level"), [("zlib", 0), ("zlib", 10), ("zlib", -1), ("zstd", 0), ("zstd", 23)])

@@ -7,37 +7,30 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from blocklib.errors import ImageCorruptError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import deflate, layout
+from blocklib.formats.qcow2.deflate import Packed
 from blocklib.node import check_level
 
 if TYPE_CHECKING:
     from zstandard import ZstdDecompressor
 
-DEFLATE_WINDOW_BITS: Final = 12
-"""Readers may keep no more than 4 KiB of what they have decompressed: QEMU's inflate is given this window."""
 _DEFAULT_ZSTD_LEVEL: Final = 3
-_FAST_LEVELS: Final = range(1, 4)
-"""DEFLATE levels that ISA-L does, six to ten times faster than zlib, in streams 5 to 11 % larger than those of level 6."""
-_MOST_EXCESS: Final = 1.05
-"""What the default level may take, by its own estimate, in terms of zlib's level 6, which is what QEMU uses."""
-_SAMPLE: Final = 1 << 16
 _UNKNOWN_SIZE: Final = -1
 """What zstandard answers for a frame that does not announce its size."""
 
 _per_thread = threading.local()
 
-_OneCluster: TypeAlias = Callable[[memoryview], bytes]
-
 
 class Compressor:
     """Compresses clusters of one image; any number of threads may use it.
 
-    `level` None is fast and nearly as small as zlib's level 6: ISA-L, and zlib for so many clusters as that takes.  Raises
-    UsageError for a level that the kind of compression does not have.
+    `level` None is fast and nearly as small as zlib's level 6.  Raises UsageError for a level that the kind of compression
+    does not have.
     """
 
     def __init__(self, compression_type: int, cluster_size: int, level: int | None = None) -> None:
@@ -46,90 +39,57 @@ class Compressor:
         self.unit = cluster_size
         """Bytes of a cluster: what is compressed begins at a multiple of it, and ends at one or with the disk."""
         self._level = level
+        self._ledger = deflate.Ledger()
 
-    def compress(self, data: memoryview) -> list[bytes | None]:
+    def compress(self, data: memoryview) -> Packed:
         """Each cluster of `data` compressed, or None where it does not shrink.
 
         A cluster that ends early, the disk's last, is filled up with zeroes.
         """
-        one = self._one_cluster()
-        unit = self.unit
-        packed: list[bytes | None] = []
-        for start in range(0, len(data), unit):
-            cluster = data[start : start + unit]
-            if len(cluster) < unit:
-                cluster = memoryview(bytes(cluster).ljust(unit, b"\0"))
-            stream = one(cluster)
-            packed.append(stream if len(stream) < unit else None)
-        return packed
+        clusters = self._clusters(data)
+        if self._is_balanced:
+            piece = deflate.Balanced(clusters, self.unit)
+            piece.balance(0, deflate.Tally())
+            return piece.streams
+        return self._streams(clusters)
 
-    def _one_cluster(self) -> _OneCluster:
-        """What compresses clusters one after the other, for one thread."""
+    def compress_piece(self, number: int, parts: Sequence[memoryview]) -> list[Packed]:
+        """The same for each of `parts`, as a part of more: pieces are numbered from 0 on, and each comes once.
+
+        What one of them saves others may spend.  As long as no more than 64 are in work at a time the streams do not depend
+        on which of them is done first.
+        """
+        clusters = [cluster for part in parts for cluster in self._clusters(part)]
+        if self._is_balanced:
+            piece = deflate.Balanced(clusters, self.unit)
+            self._ledger.note(number, piece.balance(number, self._ledger.before(number)))
+            streams = piece.streams
+        else:
+            streams = self._streams(clusters)
+        rest = iter(streams)
+        return [list(islice(rest, -(-len(part) // self.unit))) for part in parts]
+
+    @property
+    def _is_balanced(self) -> bool:
+        return self.kind == "zlib" and self._level is None
+
+    def _clusters(self, data: memoryview) -> list[memoryview]:
+        unit = self.unit
+        clusters = [data[start : start + unit] for start in range(0, len(data), unit)]
+        if clusters and len(clusters[-1]) < unit:
+            clusters[-1] = memoryview(bytes(clusters[-1]).ljust(unit, b"\0"))
+        return clusters
+
+    def _streams(self, clusters: list[memoryview]) -> Packed:
         level = self._level
         if self.kind == "zstd":
             import zstandard
 
-            return zstandard.ZstdCompressor(level=level or _DEFAULT_ZSTD_LEVEL).compress
-        if level is None:
-            return _Balanced(self.unit)
-        if level in _FAST_LEVELS:
-            return lambda cluster: _isal_deflate(cluster, level)
-        return lambda cluster: _deflate(cluster, level)
-
-
-def _deflate(data: memoryview, level: int) -> bytes:
-    stream = zlib.compressobj(level, zlib.DEFLATED, -DEFLATE_WINDOW_BITS)
-    return stream.compress(data) + stream.flush()
-
-
-def _isal_deflate(data: memoryview, level: int) -> bytes:
-    from isal import igzip_lib
-
-    return igzip_lib.compress(
-        data, level, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_DEFAULT, hist_bits=DEFLATE_WINDOW_BITS
-    )
-
-
-class _Balanced:
-    """Compresses fast, and well whenever the streams so far have become too large for what zlib would have made of them.
-
-    How much smaller zlib is depends on the data.  It is seen where both have compressed the same: at least at the first
-    cluster.  The outcome depends on the clusters alone, so that an image does not depend on which thread was faster.
-    """
-
-    def __init__(self, unit: int) -> None:
-        self._unit = unit
-        self._made = 0.0
-        self._allowed = 0.0
-        self._fast = self._good = 0  # bytes of what both have compressed
-
-    def __call__(self, cluster: memoryview) -> bytes:
-        stream = _isal_deflate(cluster, 3)
-        length = min(len(stream), self._unit)
-        if length == self._unit:  # nearly random: zlib could not do much, either
-            self._made += length
-            self._allowed += _MOST_EXCESS * length
-            return stream
-        if not self._good and self._unit > _SAMPLE:
-            sample = cluster[:_SAMPLE]
-            self._see(len(_isal_deflate(sample, 3)), len(_deflate(sample, 6)))
-        if self._good:
-            allowed = _MOST_EXCESS * length * self._good / self._fast
-            if self._made + length <= self._allowed + allowed:
-                self._made += length
-                self._allowed += allowed
-                return stream
-        better = _deflate(cluster, 6)
-        self._see(length, len(better))
-        if len(better) < len(stream):
-            stream = better
-        self._made += len(stream)
-        self._allowed += _MOST_EXCESS * min(len(better), self._unit)
-        return stream
-
-    def _see(self, fast: int, good: int) -> None:
-        self._fast += fast
-        self._good += good
+            made: Iterable[bytes] = map(zstandard.ZstdCompressor(level=level or _DEFAULT_ZSTD_LEVEL).compress, clusters)
+        else:
+            assert level is not None
+            made = (deflate.deflate(cluster, level) for cluster in clusters)
+        return [stream if len(stream) < self.unit else None for stream in made]
 
 
 def decompress(
