@@ -12,7 +12,10 @@ PYTEST_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint types torture clean tools
+# `make bench BENCH=full` measures every environment; a quick run the table of targets and a few.
+BENCH ?= quick
+
+.PHONY: help setup demo test lint types torture bench clean tools
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +25,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make types     mypy, strict"
 	@echo "make torture   the property tests as campaigns that take minutes"
+	@echo "make bench     measure blocklib beside qemu-img, with BENCH=full in every environment"
 	@echo "make clean     remove what these targets made"
 
 # Compiled here and not at the first start, which may be one that writes no bytecode: every start would compile anew.
@@ -75,6 +79,12 @@ test: setup tools
 # Every example-based property test again with a profile of many examples, and whatever is too long for `make test`.
 torture: setup tools
 	@$(BIN)/python -m pytest -n $(JOBS) -m "torture or hypothesis" --hypothesis-profile=torture --timeout=0 $(PYTEST_ARGS)
+
+# Prints the ratios and saves them, with the facts of the machine, as .benchmarks/latest.json; images stay in .benchmarks/images.
+bench: setup tools
+	@mkdir -p .benchmarks
+	@unset PYTHONDONTWRITEBYTECODE; $(BIN)/python -m pytest benchmarks $(if $(filter full,$(BENCH)),--full) -p no:xdist --timeout=0 \
+		--benchmark-columns=median,min,iqr,rounds --benchmark-json=.benchmarks/latest.json $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -165,8 +165,9 @@ def _base(variant: str, _images: Images, path: Path) -> None:
     write_image(path, GiB, clusters, fill=fill)
 
 
-def _top(backing: str, _images: Images, path: Path) -> None:
-    """4,096 scattered clusters of 1 GiB over `backing`."""
+def _top(in_place: bool, images: Images, path: Path) -> None:
+    """4,096 scattered clusters of 1 GiB over base "a": over a copy beside it, or (`in_place`) over the image itself."""
+    backing = f"../{images['base-a.qcow2'].name}" if in_place else "base.qcow2"
     clusters = np.sort(_random("top").choice(GiB // CLUSTER, 4096, replace=False)).astype(np.uint64)
     write_image(path, GiB, clusters, backing=backing, fill=_pieces(4096, CLUSTER, "top"))
 
@@ -186,7 +187,7 @@ RECIPES_BY_NAME: dict[str, Recipe] = {
     "overlay-depth-8.qcow2": partial(_overlay, "depth-8.qcow2"),
     "base-a.qcow2": partial(_base, "a"),
     "base-b.qcow2": partial(_base, "b"),
-    "top-on-copy.qcow2": partial(_top, "base.qcow2"),
-    "top-on-a.qcow2": partial(_top, "../base-a.qcow2"),
+    "top-on-copy.qcow2": partial(_top, False),
+    "top-on-a.qcow2": partial(_top, True),
 }
 """How each image is made; an image that another one names in its header is made on the way."""

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,8 @@ _SCRIPT = "import sys\nfrom blocklib.cli.main import main\nsys.exit(main())\n"
 """What an installer writes for the entry point `blocklib`."""
 
 
+BUDGET = 60.0
+"""Seconds that the rounds of one case may take."""
 _LONG = 5.0
 """Seconds beside which reading an image from the disk is little."""
 
@@ -52,10 +54,17 @@ class Result:
 
     @property
     def ratio(self) -> float:
+        """The median wall-clock time of ours over that of theirs."""
         return self.ours.seconds / self.theirs.seconds
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """What `as_json` gave."""
+        fields = {key: value for key, value in saved.items() if key != "ratio"}
+        return cls(**{**fields, "ours": Sample(**saved["ours"]), "theirs": Sample(**saved["theirs"])})
 
 
 class Runner:
@@ -147,8 +156,8 @@ class Runner:
 class Comparison:
     """One case, measured round by round: `run_theirs`, `run_ours`, again and again, then `result`.
 
-    The first round warms the page cache and the compiled modules and is not counted; in it every alternative of the other
-    side runs, and the fastest stays.
+    Making one warms the page cache and the compiled modules: both sides run once, uncounted, and of the other side's
+    alternatives the fastest stays.
     """
 
     def __init__(self, runner: Runner, case: Case) -> None:
@@ -157,36 +166,34 @@ class Comparison:
         self._ours: list[Sample] = []
         self._theirs: list[Sample] = []
         # The very first run also reads the images into the page cache, so what looks slowest has a second chance.
-        trials = [(self._run("theirs", steps).seconds, steps) for steps in case.theirs]
+        trials = [(self._run_theirs(steps).seconds, steps) for steps in case.theirs]
         if len(trials) > 1 and trials[0][0] < _LONG:
-            trials.append((self._run("theirs", case.theirs[0]).seconds, case.theirs[0]))
-        self._chosen = min(trials)[1]
-        self._run("ours", case.ours)
+            trials.append((self._run_theirs(case.theirs[0]).seconds, case.theirs[0]))
+        seconds, self._chosen = min(trials)
+        runner.prepare("ours", case.copies)
+        self._pair_seconds = seconds + runner.run("ours", case.ours).seconds
+
+    def rounds(self, budget: float) -> int:
+        """As many as the case asks for, fewer where they would take more than `budget` seconds, at least one."""
+        return max(1, min(self.case.rounds, int(budget / self._pair_seconds)))
 
     def run_theirs(self) -> None:
-        self._theirs.append(self._run("theirs", self._chosen))
+        """The first half of a round; ends with everything in place for the second."""
+        self._theirs.append(self._run_theirs(self._chosen))
+        self._runner.prepare("ours", self.case.copies)
 
     def run_ours(self) -> None:
-        self._ours.append(self._run("ours", self.case.ours))
+        """The second half."""
+        self._ours.append(self._runner.run("ours", self.case.ours))
 
     def result(self) -> Result:
         return Result(
             self.case.name, _medians(self._ours), _medians(self._theirs), len(self._ours), " ; ".join(self._chosen)
         )
 
-    def _run(self, side: str, steps: Sequence[str]) -> Sample:
-        self._runner.prepare(side, self.case.copies)
-        return self._runner.run(side, steps)
-
-
-def compare(runner: Runner, case: Case, rounds: int) -> Result:
-    """Measure `case` in `rounds` rounds, the side that begins changing with each."""
-    comparison = Comparison(runner, case)
-    for number in range(rounds):
-        pair = (comparison.run_theirs, comparison.run_ours)
-        for run in pair if number % 2 == 0 else reversed(pair):
-            run()
-    return comparison.result()
+    def _run_theirs(self, steps: Sequence[str]) -> Sample:
+        self._runner.prepare("theirs", self.case.copies)
+        return self._runner.run("theirs", steps)
 
 
 def _medians(samples: Sequence[Sample]) -> Sample:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES, TABLE, Case
 from benchmarks.environments import Images
-from benchmarks.measure import ROOT, BenchmarkError, Runner, compare
+from benchmarks.measure import BUDGET, ROOT, BenchmarkError, Comparison, Runner
 from benchmarks.report import HEADING, line, save
 
 
@@ -38,7 +38,11 @@ def main() -> int:
         print(HEADING, flush=True)
         for case in chosen:
             try:
-                result = compare(runner, case, options.rounds or case.rounds)
+                comparison = Comparison(runner, case)
+                for _ in range(options.rounds or comparison.rounds(BUDGET)):
+                    comparison.run_theirs()
+                    comparison.run_ours()
+                result = comparison.result()
             except BenchmarkError as exc:
                 print(f"{case.name:24} {exc}", flush=True)
                 failed = True
