@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args
@@ -185,6 +185,25 @@ class Disk:
             if len(view):
                 plan.write(node, offset, view)
             if fua or self._writethrough:
+                node.flush()
+        finally:
+            tracker.leave()
+
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], *, placed: Callable[[], None] = lambda: None) -> None:
+        """Write several buffers of bytes, (guest offset, data) each, ascending and apart from each other, in one request.
+
+        `placed` is called, from here, when it is settled where new ones come to lie in the image; what is written after that
+        lies behind them.  Raises what `write` raises; then some may have been written.
+        """
+        if not runs:
+            return
+        first, (last, data) = runs[0][0], runs[-1]
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_for_write(first, last + len(data) - first)
+            plan.write_runs(node, runs, placed)
+            if self._writethrough:
                 node.flush()
         finally:
             tracker.leave()

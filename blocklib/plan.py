@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from blocklib.buffers import PIECE, aligned_pool, is_zero, pieces_of, zero_fill, zeroes
@@ -170,6 +171,32 @@ def _write_unallocated(node: Node, offset: int, data: memoryview) -> int:
             written += n
         done += n
     return written
+
+
+def write_runs(node: Node, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> None:
+    """Write `runs` (offset and data each, ascending, apart from each other) as one request: many cost little more than one.
+
+    Where the node gives them fresh space, `placed` is called when that is chosen and their bytes are on their way: whoever
+    writes next comes to lie behind them.
+    """
+    if node.is_leaf or node.detect_zeroes != "off":
+        for offset, data in runs:
+            write(node, offset, data)
+        return
+    with ExitStack() as stack:
+        if node.bitmaps is not None:
+            for offset, data in runs:
+                stack.enter_context(node.bitmaps.recorded(offset, len(data)))
+        _making_room(node, lambda: _write_runs(node, runs, placed))
+
+
+def _write_runs(node: Node, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> None:
+    while runs:
+        done = node.write_fresh(runs, placed)
+        if not done:
+            _write(node, *runs[0])
+            done = 1
+        runs = runs[done:]
 
 
 def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:

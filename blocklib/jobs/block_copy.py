@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 from blocklib.buffers import zero_fill
 from blocklib.errors import StorageError
 from blocklib.jobs.control import Control
-from blocklib.jobs.crew import Crew, default_threads
-from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run, pieces
+from blocklib.jobs.crew import Crew, default_threads, piece_size
+from blocklib.jobs.runs import COPY, SMALL_PIECE, ZERO, Piece, Run, pieces
 from blocklib.jobs.zero_runs import BlockScanner
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Reader(Protocol):
 class Writer(Protocol):
     """What is copied to: a disk, or an image inside a chain."""
 
-    def write(self, offset: int, data: memoryview, /) -> None: ...
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None: ...
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None: ...
 
 
@@ -54,11 +54,15 @@ class _Write(NamedTuple):
     packed: Packed | None = None
 
 
+def _later() -> None:
+    """Nobody waits for where a write goes."""
+
+
 class BlockCopy:
     """Copies runs from `source` to `target`, at equal offsets.
 
     - `block`: leave out zeroes of that many bytes, aligned to it, although they are stored as data; 0 copies them.
-    - `unit`: runs are cut at its multiples (bytes, at most PIECE), so that no cluster of the target is written in two steps.
+    - `unit`: runs are cut at its multiples (at most SMALL_PIECE), so that no cluster of the target is written in two steps.
     - `zero_known`: the target reads as zero where nothing was written yet, so zeroes are left out altogether.
     - `shown`: what the target reads as where it has nothing of its own; runs to COMPARE are compared with it.
     - `compression`: data is compressed by the workers; `block`, where it is not 0, and all runs are multiples of its unit.
@@ -92,7 +96,9 @@ class BlockCopy:
         self._unordered = unordered
         self._salvage = salvage
         self._compression = compression
-        self._crew = Crew(control, self._do, threads or default_threads(thinking=compression is not None))
+        threads = threads or default_threads(thinking=compression is not None)
+        self._piece = SMALL_PIECE if compression is not None else piece_size(threads)
+        self._crew = Crew(control, self._do, threads, buffer=self._piece * (2 if shown is not None else 1))
         self._lock = threading.Lock()  # guards what follows
         self.bytes_read = 0
         self.bytes_written = 0
@@ -111,7 +117,11 @@ class BlockCopy:
 
     def run(self, runs: Iterable[Run]) -> None:
         """Do all of `runs`, ascending, once.  When it raises, requests in flight have ended."""
-        self._crew.run(pieces(runs, self._unit))
+        self._crew.run(pieces(runs, self._unit, self._most))
+
+    def _most(self) -> int:
+        """Bytes of the next piece: where the speed is limited, small ones spread the work more evenly."""
+        return SMALL_PIECE if self._control.is_limited else self._piece
 
     # -- in a worker --------------------------------------------------------------------------------------------------
 
@@ -126,7 +136,7 @@ class BlockCopy:
             if what == COPY:
                 self._add_writes(writes, offset, view)
                 continue
-            other = buffer[PIECE + at : PIECE + at + length]
+            other = buffer[self._piece + at : self._piece + at + length]
             assert self._shown is not None
             self._shown.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):
@@ -136,9 +146,9 @@ class BlockCopy:
             packed = iter(self._compression.compressor.compress_piece(piece.index, parts))
             writes = [write if write.data is None else write._replace(packed=next(packed)) for write in writes]
         if self._unordered:
-            self._write(writes)
+            self._write(writes, _later)
         elif self._crew.take_turn(piece):
-            self._write(writes)
+            self._write(writes, lambda: self._crew.end_turn(piece))
             self._crew.end_turn(piece)
         else:
             return
@@ -161,14 +171,24 @@ class BlockCopy:
         if done < len(view):
             writes.append(_Write(offset + done, len(view) - done, None))
 
-    def _write(self, writes: list[_Write]) -> None:
+    def _write(self, writes: list[_Write], placed: Callable[[], None]) -> None:
+        """Do all of `writes`; `placed` may be called before the end, when those of another piece may begin."""
+        runs: list[tuple[int, memoryview]] = []
         for offset, length, data, packed in writes:
-            if data is not None and packed is not None and self._compression is not None:
-                self._compression.write(offset, data, packed, self._compression.compressor.unit)
-            elif data is not None:
-                self._target.write(offset, data)
-            elif not self._zero_known:
+            if data is not None and packed is None:
+                runs.append((offset, data))
+                continue
+            if data is None and self._zero_known:
+                continue
+            if runs:
+                self._target.write_runs(runs, placed=_later)
+                runs = []
+            if data is None:
                 self._target.write_zeroes(offset, length, unmap=True)
+            elif packed is not None and self._compression is not None:
+                self._compression.write(offset, data, packed, self._compression.compressor.unit)
+        if runs:
+            self._target.write_runs(runs, placed=placed)
 
     def _read(self, offset: int, view: memoryview) -> None:
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blocklib import graph
+from blocklib import graph, plan
 from blocklib.errors import NameNotFoundError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
@@ -146,10 +146,10 @@ class _Writer:
         self._edge = edge
         self._tracker = edge.tracker
 
-    def write(self, offset: int, data: memoryview, /) -> None:
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
         self._tracker.enter()
         try:
-            self._edge.write(offset, (data,))
+            plan.write_runs(self._edge.node, runs, placed)
         finally:
             self._tracker.leave()
 

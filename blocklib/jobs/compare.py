@@ -69,7 +69,7 @@ class _Comparison:
         self._difference: int | None = None  # the lowest guest offset found so far; guarded by _lock
 
     def run(self) -> CompareResult:
-        Crew(self._control, self._look, default_threads(), reads=2).run(self._pieces())
+        Crew(self._control, self._look, default_threads(), buffer=2 * PIECE, reads=2).run(self._pieces())
         size_mismatch = self._a.size != self._b.size
         if self._difference is not None:
             beyond_end = self._difference >= min(self._a.size, self._b.size)

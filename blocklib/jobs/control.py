@@ -90,6 +90,11 @@ class Control:
         """Whether the next `pause_point` will not return at once: let what is in flight end, then call it."""
         return self.cancelled or self.pausing
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a speed limit now."""
+        return self._limit.speed > 0
+
     def set_total(self, total: int) -> None:
         """The bytes that `advance` will have been told of at the end; may be set again when the estimate changes."""
         with self.changed:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from blocklib.jobs.control import Control
-from blocklib.jobs.runs import PIECE, Piece
+from blocklib.jobs.runs import PIECE, SMALL_PIECE, Piece
 
-BUFFER: Final = 2 * PIECE
-"""Bytes of a worker's buffer: a piece, and what it is compared with."""
+_ALL_PIECES: Final = 64 << 20
+"""Bytes of the pieces that many threads have in memory together."""
 _MOST_THREADS: Final = 4
 """More bring nothing where bytes only pass through memory."""
 _MOST_THINKING: Final = 64
@@ -29,14 +29,22 @@ def default_threads(*, thinking: bool = False) -> int:
     return min(available + 1, _MOST_THINKING if thinking else _MOST_THREADS)
 
 
+def piece_size(threads: int) -> int:
+    """The bytes of a piece, a power of two, where so many threads work."""
+    return max(SMALL_PIECE, min(PIECE, _ALL_PIECES // (1 << (threads - 1).bit_length())))
+
+
 class Crew:
     """At most `size` threads, one of which is that of who calls `run`; the others are started as they are needed.
 
-    `work` gets a piece and the thread's own buffer; each byte counts `reads` times against the speed limit.  The first
-    failure stops everything and is raised by `run`.
+    `work` gets a piece and the thread's own buffer of `buffer` bytes; each byte counts `reads` times against the speed limit.
+    The first failure stops everything and is raised by `run`.
     """
 
-    def __init__(self, control: Control, work: Callable[[Piece, memoryview], None], size: int, *, reads: int = 1) -> None:
+    def __init__(
+        self, control: Control, work: Callable[[Piece, memoryview], None], size: int, *, buffer: int, reads: int = 1
+    ) -> None:
+        self._buffer = buffer
         self._reads = reads
         self._control = control
         self._work = work
@@ -65,7 +73,7 @@ class Crew:
                 if piece is None:
                     break
                 if buffer is None:
-                    buffer = _new_buffer()
+                    buffer = self._new_buffer()
                 self._do(piece, buffer)
             self._settle()
         finally:
@@ -80,9 +88,10 @@ class Crew:
         return not self._stopped
 
     def end_turn(self, piece: Piece) -> None:
-        """Let the piece after this one write.  Who never takes a turn need not end it."""
-        piece.is_written = True
-        piece.after.release()
+        """Let the piece after this one write; again does nothing.  At its end, a piece's turn has ended anyway."""
+        if not piece.is_written:
+            piece.is_written = True
+            piece.after.release()
 
     def _pause_point(self) -> None:
         if self._control.stop_requested:
@@ -139,8 +148,7 @@ class Crew:
         except BaseException as exc:  # it is raised again by `run`
             self._fail(exc)
         finally:
-            if not piece.is_written:
-                self.end_turn(piece)
+            self.end_turn(piece)
 
     def _fail(self, failure: BaseException) -> None:
         with self._changed:
@@ -152,7 +160,7 @@ class Crew:
 
     def _help(self) -> None:
         try:
-            buffer = _new_buffer()
+            buffer = self._new_buffer()
             while self._may_take():
                 piece = self._take()
                 if piece is None:
@@ -179,8 +187,7 @@ class Crew:
                     return False
         return True
 
-
-def _new_buffer() -> memoryview:
-    if sys.platform == "win32":
-        return memoryview(mmap.mmap(-1, BUFFER))
-    return memoryview(mmap.mmap(-1, BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    def _new_buffer(self) -> memoryview:
+        if sys.platform == "win32":
+            return memoryview(mmap.mmap(-1, self._buffer))
+        return memoryview(mmap.mmap(-1, self._buffer, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

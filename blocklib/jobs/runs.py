@@ -6,7 +6,7 @@ COMPARE it with what the target shows through there and copy what differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -24,8 +24,10 @@ COMPARE: Final = 3
 Run: TypeAlias = tuple[int, int, int]
 """(guest offset, length, what to do): bytes."""
 
-PIECE: Final = 2 << 20
-"""A piece of work copies at most so many bytes."""
+PIECE: Final = 8 << 20
+"""A piece of work copies at most so many bytes; the larger, the less is said for each byte."""
+SMALL_PIECE: Final = 2 << 20
+"""Where it is to be small all the same: as large as a cluster can be."""
 _MOST_RUNS: Final = 1024
 """And it has at most so many runs."""
 _PAGE: Final = 4096
@@ -160,22 +162,23 @@ class Piece:
             self.filled = at + length
 
 
-def pieces(runs: Iterable[Run], unit: int = 1) -> Iterator[Piece]:
-    """Cut runs into pieces, in order; a run that is read is cut only at multiples of `unit` bytes, at most PIECE.
+def pieces(runs: Iterable[Run], unit: int = 1, most: Callable[[], int] = lambda: PIECE) -> Iterator[Piece]:
+    """Cut runs into pieces of at most `most()` bytes, in order; one that is read is cut only at multiples of `unit`.
 
-    In the buffer it lies as it does in a page, which is how direct I/O wants it.
+    Those are no larger than a piece.  In the buffer it lies as it does in a page, which is how direct I/O wants it.
     """
     piece = Piece(0)
+    room = most()
     for offset, length, what in runs:
         end = offset + length
         while offset < end:
             n, at = end - offset, 0
             if what in _READ:
                 at = piece.filled + (offset - piece.filled) % _PAGE
-                n = min(end, (offset + PIECE - at) // unit * unit) - offset
+                n = min(end, (offset + room - at) // unit * unit) - offset
             if n <= 0 or len(piece.runs) >= _MOST_RUNS:
                 yield piece
-                piece = Piece(piece.index + 1)
+                piece, room = Piece(piece.index + 1), most()
                 continue
             piece.add(offset, n, what, at)
             offset += n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -150,16 +150,17 @@ class _Filler:
         self._top = edge.node
         self._tracker = edge.tracker
 
-    def write(self, offset: int, data: memoryview, /) -> None:
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
         self._tracker.enter()
         try:
-            plan.write_unallocated(self._top, offset, data)
+            for offset, data in runs:
+                plan.write_unallocated(self._top, offset, data)
         finally:
             self._tracker.leave()
 
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
         while length > 0:
             part = zeroes(length)
-            self.write(offset, part)
+            self.write_runs([(offset, part)], placed=lambda: None)
             offset += len(part)
             length -= len(part)

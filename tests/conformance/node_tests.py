@@ -72,6 +72,18 @@ class NodeTests(ABC):
         disk.write(self.size - 1, b"z")
         assert disk.read(self.size - 2, 2) == b"\0z"
 
+    def test_runs_are_written_where_they_belong_and_nothing_between_them_is_touched(self, disk: Disk) -> None:
+        expected = bytearray(pattern(self.size, 7))
+        for written in (0, self.size):  # into nothing, and over what is there
+            disk.write(0, expected[:written])
+            expected = bytearray(disk.read(0, self.size))
+            ranges = [(65_536, 131_072), (196_608, 1000), (262_144, 65_536), (self.size - 70_000, 70_000)]
+            runs = [(offset, memoryview(pattern(length, offset))) for offset, length in ranges]
+            for offset, data in runs:
+                expected[offset : offset + len(data)] = data
+            disk.write_runs(runs)
+            assert disk.read(0, self.size) == expected
+
     def test_a_write_of_several_buffers_is_one_write(self, disk: Disk) -> None:
         (edge,) = disk.node.parents
         edge.write(513, [b"head", bytearray(b"-" * 1000), memoryview(b"tail"), b""])

@@ -211,7 +211,14 @@ class Worker:
         elif kind < 0.7:
             self._next_stamp += 1
             stamp = self._next_stamp
-            history.change(lambda: disk.write(offset, stamped(stamp) * n), first, n, stamp)
+            data = memoryview(stamped(stamp) * n)
+            if kind < 0.55:
+                history.change(lambda: disk.write(offset, data), first, n, stamp)
+            else:
+                unit = disk.node.cluster_size() or SECTOR
+                cut = min(length, (offset // unit + rnd.randint(1, 3)) * unit - offset)
+                runs = [(start, part) for start, part in ((offset, data[:cut]), (offset + cut, data[cut:])) if len(part)]
+                history.change(lambda: disk.write_runs(runs), first, n, stamp)
         elif kind < 0.8:
             unmap = rnd.random() < 0.5
             history.change(lambda: disk.write_zeroes(offset, length, unmap=unmap), first, n, ZERO)

@@ -119,7 +119,7 @@ class Place:
 class Change:
     """One request that changes a disk."""
 
-    kind: Literal["write", "write zero bytes", "zero", "zero and unmap", "discard"]
+    kind: Literal["write", "write clusters", "write zero bytes", "zero", "zero and unmap", "discard"]
     place: Place
     seed: int
 
@@ -132,6 +132,10 @@ class Change:
         offset, length = self.place.on(disk.size, cluster_size)
         if self.kind == "write":
             disk.write(offset, noise(self.seed, length))
+        elif self.kind == "write clusters":
+            data = memoryview(noise(self.seed, length))
+            parts = self._parts(offset, length, cluster_size)
+            disk.write_runs([(start, data[start - offset : end - offset]) for start, end in parts])
         elif self.kind == "write zero bytes":
             disk.write(offset, bytes(length))
         elif self.kind == "discard":
@@ -143,10 +147,27 @@ class Change:
         offset, length = self.place.on(image.size, image.spec.cluster_size)
         if self.kind == "write":
             image.write(offset, noise(self.seed, length))
+        elif self.kind == "write clusters":
+            data = noise(self.seed, length)
+            for start, end in self._parts(offset, length, image.spec.cluster_size):
+                image.write(start, data[start - offset : end - offset])
         elif self.kind != "discard":
             image.zero(offset, length)
         elif discard_passes:
             image.discard(offset, length)
+
+
+    def _parts(self, offset: int, length: int, cluster_size: int) -> list[tuple[int, int]]:
+        """Ranges (start, end) that are cut between clusters, some of which are left out."""
+        rnd = random.Random(self.seed)
+        end = offset + length
+        parts = []
+        while offset < end:
+            stop = min(end, (offset // cluster_size + rnd.randint(1, 3)) * cluster_size)
+            if rnd.random() < 0.7:
+                parts.append((offset, stop))
+            offset = stop
+        return parts
 
 
 def build_chain(folder: Path, specs: Sequence[ImageSpec], fills: Sequence[Sequence[Change]]) -> list[ChainImage]:

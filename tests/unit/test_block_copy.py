@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from blocklib.errors import (
 )
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, Task
-from blocklib.jobs.crew import Crew
+from blocklib.jobs.crew import Crew, piece_size
 from blocklib.jobs.ends import Concatenation
 from blocklib.jobs.job import Job
 from blocklib.jobs.runs import (
@@ -38,6 +38,7 @@ from blocklib.jobs.runs import (
     COPY,
     PIECE,
     SKIP,
+    SMALL_PIECE,
     ZERO,
     Piece,
     Run,
@@ -73,6 +74,10 @@ class Store:
         with self._lock:
             self.writes.append((offset, len(data)))
         self.content[offset : offset + len(data)] = data
+
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
+        for offset, data in runs:
+            self.write(offset, data)
 
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
         with self._lock:
@@ -160,10 +165,11 @@ def mixed_runs(seed: int) -> list[Run]:
     return found
 
 
-@pytest.mark.parametrize("unit", [1, 4096, 65536, PIECE])
-def test_pieces_cover_everything_once_and_fit_the_buffer(unit: int) -> None:
+@pytest.mark.parametrize("most", [SMALL_PIECE, PIECE])
+@pytest.mark.parametrize("unit", [1, 4096, 65536, SMALL_PIECE])
+def test_pieces_cover_everything_once_and_fit_the_buffer(unit: int, most: int) -> None:
     found = mixed_runs(unit)
-    cut = list(pieces(found, unit))
+    cut = list(pieces(found, unit, lambda: most))
     assert [piece.index for piece in cut] == list(range(len(cut)))
     assert sum(piece.length for piece in cut) == sum(found[-1][:2])
     for piece in cut:
@@ -173,19 +179,27 @@ def test_pieces_cover_everything_once_and_fit_the_buffer(unit: int) -> None:
             assert end <= at < end + 4096
             assert at % 4096 == start % 4096
             end = at + length
-        assert end <= PIECE
+        assert end <= most
         assert piece.copied == sum(n for _s, n, _at in reading)
     kept = [(s, n, what) for piece in cut for s, n, what, _at in piece.runs]
     assert list(coalesced(kept)) == [run for run in coalesced(found) if run[2] != SKIP]
 
 
-@pytest.mark.parametrize("unit", [4096, 65536, PIECE])
+@pytest.mark.parametrize("unit", [4096, 65536, SMALL_PIECE])
 def test_a_run_is_cut_between_units_only(unit: int) -> None:
     found = mixed_runs(unit + 1)
     ends = {start + length for start, length, _what in found}
     for piece in pieces(found, unit):
         for start, length, what, _at in piece.runs:
             assert what == ZERO or (start + length) % unit == 0 or start + length in ends
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4, 8, 9, 16, 64])
+def test_the_buffers_of_all_threads_are_bounded(threads: int) -> None:
+    size = piece_size(threads)
+    assert SMALL_PIECE <= size <= PIECE
+    assert size & (size - 1) == 0
+    assert threads * size <= 128 * MiB
 
 
 def test_small_runs_share_a_piece() -> None:
@@ -251,7 +265,7 @@ def numbered(count: int) -> Iterator[Piece]:
 
 def test_a_crew_starts_no_thread_for_one_piece() -> None:
     names: list[str] = []
-    Crew(control(), lambda _piece, _buffer: names.append(threading.current_thread().name), 4).run(numbered(1))
+    Crew(control(), lambda _piece, _buffer: names.append(threading.current_thread().name), 4, buffer=4096).run(numbered(1))
     assert names == [threading.current_thread().name]
 
 
@@ -263,7 +277,7 @@ def test_as_many_threads_work_as_there_may_be() -> None:
         names.add(threading.current_thread().name + str(threading.get_ident()))
         all_here.wait()
 
-    Crew(control(), work, 3).run(numbered(3))
+    Crew(control(), work, 3, buffer=4096).run(numbered(3))
     assert len(names) == 3
 
 
@@ -278,7 +292,7 @@ def test_the_first_failure_is_raised_and_stops_the_rest(size: int) -> None:
             raise ValueError("three")
         done.append(item.index)
 
-    crew = Crew(control(), work, size)
+    crew = Crew(control(), work, size, buffer=4096)
     with pytest.raises(ValueError, match="three"):
         crew.run(numbered(1000))
     assert done == [0, 1, 2]
@@ -290,7 +304,7 @@ def test_what_fails_to_find_the_next_piece_is_raised() -> None:
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        Crew(control(), lambda *_: None, 2).run(broken())
+        Crew(control(), lambda *_: None, 2, buffer=4096).run(broken())
 
 
 def test_a_job_that_is_paused_has_nothing_in_flight_and_goes_on_with_all_threads() -> None:
@@ -341,7 +355,7 @@ class Pieces(Task[int]):
         self._size = size
 
     def run(self, control: Control) -> int:
-        Crew(control, self._work, self._size).run(numbered(1000))
+        Crew(control, self._work, self._size, buffer=4096).run(numbered(1000))
         return self._work.done
 
 

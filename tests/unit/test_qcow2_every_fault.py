@@ -36,6 +36,7 @@ STEPS: Final[list[Step]] = [
     lambda disk: disk.write(SIZE, b"c" * 3000),
     lambda disk: disk.write_compressed(128 * KiB, b"d" * 16 * KiB),
     lambda disk: disk.bitmaps["b"].clear(),
+    lambda disk: disk.write_runs([(start * KiB, memoryview(b"f" * 32 * KiB)) for start in (176, 224)]),
     lambda disk: disk.snapshots["two"].delete(),
     lambda disk: disk.flush(),
     lambda disk: disk.snapshots["one"].apply(),

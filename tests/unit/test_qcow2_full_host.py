@@ -94,6 +94,20 @@ def test_every_place_to_run_full_leaves_what_was_written_before(refcount_bits: i
         assert_sound(host, written)
 
 
+@pytest.mark.parametrize("room", [0, 4096, 8192, 16384, 100_000])
+def test_runs_that_find_no_room_leave_nothing_behind(room: int) -> None:
+    host, disk, _node = made(cluster_size=4096)
+    disk.write(0, b"a" * 4096)
+    disk.flush()
+    host.room = host.size + room
+    with pytest.raises(StorageError, match="full"):
+        disk.write_runs([(place * MiB, memoryview(b"b" * 65536)) for place in (1, 3, 40)])
+    host.room = 1 << 40
+    disk.write_runs([(place * MiB, memoryview(b"c" * 65536)) for place in (1, 3, 40)])
+    disk.close()
+    assert_sound(host, {0: b"a" * 4096, MiB: b"c" * 65536, 40 * MiB: b"c" * 65536})
+
+
 def test_a_compressed_write_takes_the_place_of_what_was_discarded() -> None:
     host, disk, _node = made(cluster_size=4096)
     disk.write(0, b"a" * MiB)

@@ -14,6 +14,7 @@ from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, special, telling, writing
 from blocklib.formats.qcow2.cache import MissingTableError
+from blocklib.formats.qcow2.cluster_writes import ClusterWritingNode
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
 from blocklib.formats.qcow2.create import SIZE_UNIT
@@ -23,7 +24,6 @@ from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
 from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
 from blocklib.formats.qcow2.refcounts import Refcounts
 from blocklib.formats.qcow2.settings import settings_for
-from blocklib.formats.qcow2.snapshots.node import SnapshotNode
 from blocklib.formats.qcow2.snapshots.table import read_snapshots
 from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from blocklib.formats.qcow2.encryption import Encryption, Locked
     from blocklib.formats.qcow2.header_write import HeaderWrite
     from blocklib.graph import Edge
-    from blocklib.node import Compressor
     from blocklib.reports import CheckReport, RepairReport
     from blocklib.tracking import BitmapStore
 
@@ -60,7 +59,7 @@ SUPPORTED_INCOMPATIBLE = (
 )
 
 
-class Qcow2Node(SnapshotNode):
+class Qcow2Node(ClusterWritingNode):
     """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
 
     driver = "qcow2"
@@ -398,16 +397,6 @@ class Qcow2Node(SnapshotNode):
     def unreserve(self, ticket: AllocationTicket) -> None:
         """Give back the host clusters of a ticket whose write failed; nobody has seen them."""
         writing.unreserve(self, ticket)
-
-    def compressor(self, level: int | None = None) -> Compressor:
-        from blocklib.formats.qcow2 import packed_writing
-
-        return packed_writing.compressor(self, level)
-
-    def write_packed(self, offset: int, packed: Sequence[bytes | None]) -> bool:
-        from blocklib.formats.qcow2 import packed_writing
-
-        return packed_writing.write_packed(self, offset, packed)
 
     def zero_part(self, offset: int, length: int) -> bool:
         # Whole subclusters become zero though there are bytes.  Zeroes in an encrypted file would be noise, and for the rest
