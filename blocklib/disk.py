@@ -5,17 +5,19 @@ It checks bounds and permissions, counts requests so that the graph can be drain
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from blocklib import graph, plan, status
-from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.errors import BatchError, BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Preallocation
 from blocklib.policy import References, resolve_backing_name
 from blocklib.reports import ImageInfo, NodeInfo
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from blocklib._fast.extents import Rows
+    from blocklib._fast.pointer import Pointer
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable, Status
@@ -38,6 +41,10 @@ AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
 """What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
 
 _T = TypeVar("_T")
+Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
+"""Guest offsets, in bytes; an array or buffer of 64-bit integers is used as it is."""
+
+_B = TypeVar("_B", bound=AnyBuffer)
 
 _COMPRESS_AT_ONCE = 2 << 20
 """Bytes whose streams are in memory together."""
@@ -169,7 +176,69 @@ class Disk:
         finally:
             tracker.leave()
 
+    @overload
+    def read_batch(self, offsets: Offsets, length: int) -> NDArray[Any]: ...
+    @overload
+    def read_batch(self, offsets: Offsets, length: int, out: _B) -> _B: ...
+    def read_batch(self, offsets: Offsets, length: int, out: AnyBuffer | None = None) -> AnyBuffer:
+        """`length` bytes from each of the guest `offsets`: one row of a uint8 array each, or `out` filled in their order.
+
+        Raises OutOfRangeError, with nothing read, for a request that reaches outside the disk; BatchError, with the others
+        done, where requests failed.
+        """
+        from blocklib import batch
+
+        length = index(length)
+        pointer = _offsets(offsets)
+        if out is None:
+            import numpy as np
+
+            out = np.empty((pointer.length, max(length, 0)), np.uint8)
+        view = _bytes_view(out)
+        if view.readonly:
+            raise UsageError("read_batch needs a writable buffer")
+        if length < 0 or len(view) != pointer.length * length:
+            raise UsageError(f"a buffer of {len(view)} bytes for {pointer.length} requests of {length} bytes")
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_batch(pointer, length)
+            failures = batch.read(node, batch.Requests(pointer, length, view, writing=False)) if len(view) else {}
+        finally:
+            tracker.leave()
+        if failures:
+            raise _batch_error(failures, pointer.length, "read_batch", node)
+        return out
+
     # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write_batch(self, offsets: Offsets, data: AnyBuffer, *, fua: bool = False) -> None:
+        """Write equal parts of `data`, one for each of the guest `offsets`, in any order; with `fua` durable on return.
+
+        Where requests of a batch overlap, one of them wins, byte by byte.  Raises ReadOnlyError; OutOfRangeError, with
+        nothing written, for a request that reaches outside the disk; BatchError, with the others done, where requests failed.
+        """
+        from blocklib import batch
+
+        pointer = _offsets(offsets)
+        view = _bytes_view(data)
+        if len(view) % max(pointer.length, 1):
+            raise UsageError(f"{len(view)} bytes cannot be divided among {pointer.length} requests")
+        length = len(view) // max(pointer.length, 1)
+        if len(view) and not pointer.length:
+            raise UsageError(f"{len(view)} bytes, and no request to write them")
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked_batch(pointer, length)
+            self._checked_for_write(0, 0)
+            failures = batch.write(node, batch.Requests(pointer, length, view, writing=True)) if len(view) else {}
+            if (fua or self._writethrough) and len(failures) < pointer.length:
+                node.flush()
+        finally:
+            tracker.leave()
+        if failures:
+            raise _batch_error(failures, pointer.length, "write_batch", node)
 
     def write(self, offset: int, data: AnyBuffer, *, fua: bool = False) -> None:
         """Write all of `data` at guest `offset`; with `fua` it is durable on return.
@@ -470,6 +539,16 @@ class Disk:
             )
         return node
 
+    def _checked_batch(self, offsets: Pointer, length: int) -> Node:
+        """As `_checked`, of many requests of one length."""
+        from blocklib._fast import lookups
+
+        node = self._checked(0, 0)
+        number = lookups.first_outside(offsets, length, node.size)
+        if number >= 0:
+            self._checked(offsets.view[number], length)  # raises
+        return node
+
     def _checked_for_write(self, offset: int, length: int) -> Node:
         node = self._checked(offset, length)
         if not self._writable:
@@ -506,6 +585,36 @@ def _bytes_view(buffer: AnyBuffer) -> memoryview:
         import ctypes
 
         return memoryview((ctypes.c_char * view.nbytes).from_buffer(view)).cast("B")
+
+
+def _offsets(offsets: Offsets) -> Pointer:
+    """Guest offsets as 64-bit integers.  Raises UsageError for what are none."""
+    from blocklib._fast.pointer import Pointer
+
+    try:
+        try:
+            return Pointer(offsets, "q")
+        except (TypeError, ValueError):
+            return Pointer(array("q", [index(offset) for offset in cast("Iterable[int]", offsets)]), "q")
+    except TypeError as exc:
+        raise UsageError(f"offsets are a sequence or an array of integers: {exc}") from exc
+    except OverflowError as exc:
+        raise OutOfRangeError("an offset of more than 64 bits") from exc
+
+
+def _batch_error(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BatchError:
+    errnos = [0] * count
+    for number, failure in failures.items():
+        errnos[number] = getattr(failure, "errno", None) or errno.EIO
+    number, first = min(failures.items())
+    error = BatchError(
+        f"{len(failures)} of {count} requests failed, the first of them is number {number}: {first}",
+        errnos=errnos,
+        operation=operation,
+        node=node.name,
+    )
+    error.__cause__ = first
+    return error
 
 
 def _shown(name: str) -> str:

@@ -19,6 +19,7 @@ from blocklib.requests import RangeLock
 
 if TYPE_CHECKING:
     from blocklib._fast.extents import Rows
+    from blocklib._fast.work import Work
     from blocklib.extents import Run
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
@@ -389,6 +390,30 @@ class Node:
         """Make every completed write durable."""
         for edge in tuple(self.children.values()):
             edge.flush()
+
+    # -- many requests at once ----------------------------------------------------------------------------------------
+
+    def find_batch(self, work: Work) -> bool:
+        """Look up where the pieces of `work` live: moves from `data_edge`, zeroes, and what is in the backing node.
+
+        False, with nothing done, where requests must come one by one.  What needs more than moving is handed back.
+        """
+        return False
+
+    def place_batch(self, work: Work) -> bool:
+        """Make moves of what may be written in place; the rest, in pieces of one unit, goes to the target area, in order.
+
+        False, with nothing done, where requests must come one by one.  Raises PoisonedError, ImageCorruptError.
+        """
+        return False
+
+    def reserve_batch(self, work: Work, most_bytes: int, alignment: int) -> WriteTicket | None:
+        """Make rows of the next pieces that `place_batch` left, of about `most_bytes` in all, and fresh space for those
+        that need it; None where none does.  Memory that moves are made from shall be a multiple of `alignment`.
+
+        Raises StorageError, ImageError; the rows say then what was not done.
+        """
+        raise UsageError(f"{self.driver}: nothing is reserved here")
 
     # -- leaves only --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -147,6 +147,19 @@ class Tracking:
             yield
         finally:
             self.record(offset, length)
+
+    @contextmanager
+    def all_recorded(self, offsets: Iterable[int], length: int) -> Iterator[None]:
+        """The same of requests of one length, at `offsets`."""
+        self.prepare()
+        try:
+            yield
+        finally:
+            with self._lock:
+                for bitmap in self._recording:
+                    assert bitmap.bits is not None
+                    for offset in offsets:
+                        bitmap.bits.set_range(offset, length)
 
     def _get_ready(self) -> None:
         recording = [bitmap for bitmap in self._bitmaps.values() if bitmap.enabled and not bitmap.inconsistent]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,15 @@ from blocklib._fast.kernel import Kernel
 from blocklib._fast.pointer import Pointer
 
 WAYS = ("compiled", "plain", "checked")
+
+
+class Tables:
+    """What a kernel is given of several tables: where each of them is, 0 for None."""
+
+    def __init__(self, tables: Sequence[array[int] | None]) -> None:
+        self.tables = tables
+        self.addresses = array("Q", [table.buffer_info()[0] if table is not None else 0 for table in tables])
+        self._as_parameter_ = Pointer(self.addresses, "Q").address
 
 
 def way(kernel: Kernel, name: str) -> Callable[..., int]:
@@ -34,8 +44,13 @@ def _checked(kernel: Kernel) -> Callable[..., int]:
 
 
 def _view(argument: Any) -> Any:
+    if isinstance(argument, Tables):
+        return argument.tables
     return argument.view if isinstance(argument, Pointer) else argument
 
 
 def _array(argument: Any) -> Any:
+    if isinstance(argument, Tables):
+        width = next(table.itemsize for table in argument.tables if table is not None)
+        return tuple(np.frombuffer(table or bytearray(width), dtype=f"u{width}") for table in argument.tables)
     return np.frombuffer(argument.view, dtype=np.dtype(argument.view.format)) if isinstance(argument, Pointer) else argument

@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"graph"}),
-    frozenset({"bitmaps", "insertion", "snapshots"}),
+    frozenset({"batch", "bitmaps", "insertion", "snapshots"}),
     frozenset({"disk"}),
     frozenset({"opening"}),
     frozenset({"creating"}),

@@ -82,10 +82,11 @@ class Kernel:
 
     def loaded(self) -> Callable[..., int]:
         """The kernel, whatever it costs.  Raises RuntimeError where it cannot be had."""
-        compiled = self.family.load().get(self.name)
-        if compiled is None:
-            raise RuntimeError(f"the kernels of {self.family.name} cannot be compiled here")
-        return compiled
+        if self._compiled is None:
+            self._compiled = self.family.load().get(self.name)
+            if self._compiled is None:
+                raise RuntimeError(f"the kernels of {self.family.name} cannot be compiled here")
+        return self._compiled
 
     def forget(self) -> None:
         """For tests: as if it had never been loaded."""
@@ -157,11 +158,12 @@ class Family:
 
         from blocklib._fast import compiler
 
-        path = sys.modules[self.module].__file__
-        assert path is not None
+        modules = {self.module, *(function.__module__ for function in self.helpers.values())}
+        paths = [sys.modules[name].__file__ for name in sorted(modules)]
         content = b""
-        for name in (path, __file__, compiler.__file__):
-            with open(name, "rb") as file:
+        for path in (*paths, __file__, compiler.__file__):
+            assert path is not None
+            with open(path, "rb") as file:
                 content += file.read()
         return content
 

@@ -12,6 +12,7 @@ from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RAW, KIND_DATA, Run
 from blocklib.node import RESIZE, Node, Preallocation, WriteRun
 
 if TYPE_CHECKING:
+    from blocklib._fast.work import Work
     from blocklib.graph import Edge
 
 _SECTOR: Final = 512
@@ -106,6 +107,12 @@ class RawNode(Node):
     def info_facts(self) -> Mapping[str, Any]:
         return self._file.node.info_facts()
 
+    def find_batch(self, work: Work) -> bool:
+        from blocklib._fast import lookups
+
+        lookups.pass_through(work, self.offset, self.size)
+        return True
+
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def grow_to(self, end: int) -> None:
@@ -114,6 +121,9 @@ class RawNode(Node):
             super().grow_to(end)
         with self.changing:
             self.size = max(self.size, -(-end // _SECTOR) * _SECTOR)
+
+    def place_batch(self, work: Work) -> bool:
+        return not self.guessed and self.find_batch(work)
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:
         if self.guessed and offset < _SECTOR:

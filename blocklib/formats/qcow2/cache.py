@@ -16,6 +16,7 @@ from blocklib.errors import ImageCorruptError
 from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
 
 if TYPE_CHECKING:
+    from blocklib.formats.qcow2.table_index import TableIndex
     from blocklib.graph import Edge
 
 
@@ -74,6 +75,8 @@ class TableCache:
         self._now = 0.0  # when it was last looked for unused tables
         self._entries: dict[int, _Entry] = {}
         self._dirty: set[int] = set()
+        self.index: TableIndex | None = None
+        """Where the tables are in memory, if kernels look things up in them."""
         self._loading: dict[int, threading.Event] = {}
         self._loading_lock = threading.Lock()  # guards: _loading
 
@@ -159,8 +162,20 @@ class TableCache:
 
     def drop(self, host_offset: int) -> None:
         """Forget a table whose cluster was freed; its changes must never reach the file."""
-        self._entries.pop(host_offset, None)
         self._dirty.discard(host_offset)
+        if host_offset in self._entries:
+            self._let_go(host_offset)
+
+    def _let_go(self, host_offset: int) -> None:
+        del self._entries[host_offset]
+        if self.index is not None:
+            self.index.forget(host_offset)
+
+    def _was_used(self, host_offset: int, entry: _Entry) -> bool:
+        """Whether the table was used since this was last asked."""
+        used = entry.used
+        entry.used = False
+        return (self.index is not None and self.index.take_used(host_offset)) or used
 
     def drop_unused(self) -> None:
         """Drop the clean tables that nobody has used for the interval, if it is time to look for them."""
@@ -171,10 +186,10 @@ class TableCache:
         if now - self._now < interval:
             return
         for host_offset, entry in list(self._entries.items()):
-            if entry.used:  # since somebody looked
-                entry.used, entry.seen = False, now
+            if self._was_used(host_offset, entry):
+                entry.seen = now
             elif now - entry.seen >= interval and not entry.busy and host_offset not in self._dirty:
-                del self._entries[host_offset]
+                self._let_go(host_offset)
         self._now = now
 
     @property
@@ -225,6 +240,8 @@ class TableCache:
         """Forget everything, written or not."""
         self._entries.clear()
         self._dirty.clear()
+        if self.index is not None:
+            self.index.forget_all()
 
     def _evict(self) -> None:
         """Drop clean tables that were not used since the last look, oldest first; some more than must go, because it looks
@@ -236,9 +253,9 @@ class TableCache:
             entry = self._entries[host_offset]
             if entry.busy or host_offset in self._dirty:
                 continue
-            if entry.used:
-                entry.used, entry.seen = False, self._now
+            if self._was_used(host_offset, entry):
+                entry.seen = self._now
                 self._entries[host_offset] = self._entries.pop(host_offset)  # to the young end
             else:
-                del self._entries[host_offset]
+                self._let_go(host_offset)
                 surplus -= 1

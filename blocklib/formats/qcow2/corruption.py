@@ -40,7 +40,7 @@ def mark_corrupt(node: Qcow2Node, error: ImageCorruptError) -> None:
     if node.read_only or node.corruption is not None or error.structure in _HARMLESS:
         return
     node.corruption = str(error)
-    node.guard.trusted = {}  # the way past all checks is closed
+    node.guard.distrust()  # the way past all checks is closed
     try:
         change_features(node, add=layout.INCOMPATIBLE_CORRUPT)
     except BlocklibError as failure:

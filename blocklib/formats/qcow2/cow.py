@@ -28,6 +28,9 @@ class AllocationTicket(WriteTicket):
         self.preallocated = preallocated
         """The host clusters are the guest clusters' own already; only what the entries say of their content changes."""
 
+    def next_claimed(self, cluster: int) -> int | None:
+        return max(cluster, self.first) if cluster < self.stop else None
+
     def commit(self) -> None:
         self._node.link(self)
 
@@ -36,10 +39,10 @@ class AllocationTicket(WriteTicket):
 
 
 class Claim(Protocol):
-    """Guest clusters [first, stop) that somebody is giving host clusters."""
+    """Guest clusters that somebody is giving host clusters."""
 
-    first: int
-    stop: int
+    def next_claimed(self, cluster: int, /) -> int | None:
+        """The first of them from `cluster` on."""
 
 
 class Allocations:
@@ -49,35 +52,43 @@ class Allocations:
     """
 
     def __init__(self, lock: threading.Lock) -> None:
-        self._tickets: list[Claim] = []
+        self._claims: list[Claim] = []
         self._changed = threading.Condition(lock)
 
-    def add(self, ticket: Claim) -> None:
-        self._tickets.append(ticket)
+    def __bool__(self) -> bool:
+        return bool(self._claims)
 
-    def remove(self, ticket: Claim) -> None:
-        self._tickets.remove(ticket)
+    def add(self, claim: Claim) -> None:
+        self._claims.append(claim)
+
+    def remove(self, claim: Claim) -> None:
+        self._claims.remove(claim)
         self._changed.notify_all()
 
-    def holds(self, ticket: Claim) -> bool:
-        return ticket in self._tickets
+    def holds(self, claim: Claim) -> bool:
+        return claim in self._claims
 
     def wait_for(self, first: int, stop: int) -> int:
         """Wait until nobody allocates guest cluster `first`; returns where, in (first, stop], the next allocation begins."""
         while True:
             limit = stop
-            for ticket in self._tickets:
-                if ticket.first <= first < ticket.stop:
+            for claim in self._claims:
+                claimed = claim.next_claimed(first)
+                if claimed == first:
                     self._changed.wait()
                     break
-                if first < ticket.first < limit:
-                    limit = ticket.first
+                if claimed is not None and claimed < limit:
+                    limit = claimed
             else:
                 return limit
 
     def overlaps(self, first: int, stop: int) -> bool:
         """Whether anybody allocates one of the guest clusters [first, stop)."""
-        return any(t.first < stop and first < t.stop for t in self._tickets)
+        for claim in self._claims:
+            claimed = claim.next_claimed(first)
+            if claimed is not None and claimed < stop:
+                return True
+        return False
 
     def wait_for_all(self, first: int, stop: int) -> None:
         """Wait until nobody allocates any of the guest clusters [first, stop)."""

@@ -203,7 +203,7 @@ class Mapping:
         if entry & (_OFFSET_MASK if entry & _ZERO else self.allocated_mask) and entry & _OFFSET_MASK != guest_offset:
             raise self.bad_entry(guest_offset, entry, f"the guest offset {guest_offset:#x} as the offset in the data file")
 
-    def are_set(self, marks: bytearray, index: int, offset: int, length: int) -> bool:
+    def are_set(self, marks: Table, index: int, offset: int, length: int) -> bool:
         """Whether all is marked that maps the range, which begins at `index`; there is a mark for each word of the slice."""
         clusters = ((offset & self._cluster_mask) + length + self._cluster_mask) >> self._cluster_bits
         return 0 not in marks[index : index + clusters * self.words]

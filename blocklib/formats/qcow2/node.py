@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
 from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, special, telling, writing
+from blocklib.formats.qcow2.batch_node import BatchNode
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.cluster_writes import ClusterWritingNode
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
@@ -59,7 +60,7 @@ SUPPORTED_INCOMPATIBLE = (
 )
 
 
-class Qcow2Node(ClusterWritingNode):
+class Qcow2Node(BatchNode, ClusterWritingNode):
     """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
 
     driver = "qcow2"

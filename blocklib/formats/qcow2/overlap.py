@@ -144,7 +144,7 @@ class OverlapGuard:
         self._l2_tables: _TableIndex | None = None
         self._refcount_blocks: _TableIndex | None = None
         self._snapshots = _Snapshots((), 0, (), 0, array("Q"))
-        self.trusted: dict[int, bytearray] = {}
+        self.trusted: dict[int, Table] = {}
         """L2 slice (host offset) -> for each word of it, whether the cluster its entry points at may be written in place.
 
         Read without the lock."""
@@ -159,17 +159,28 @@ class OverlapGuard:
         bits = self._node.geometry.cluster_bits
         if self.kinds and self._node.data is self._node.file:
             self.check(host_offset, n_clusters << bits, "guest data")
-        known = self.trusted.get(slice_offset)
-        if known is None:
-            if len(self.trusted) >= _MOST_TRUSTED:
-                self.trusted.clear()
-            known = self.trusted[slice_offset] = bytearray(slice_words)
         n_words = n_clusters * self._node.mapping.words
-        known[index : index + n_words] = b"\1" * n_words
+        self.marks(slice_offset, slice_words)[index : index + n_words] = array("B", b"\1" * n_words)
+
+    def marks(self, slice_offset: int, slice_words: int) -> Table:
+        """What is known of the clusters that a slice maps, to be added to."""
+        marks = self.trusted.get(slice_offset)
+        if marks is None:
+            if len(self.trusted) >= _MOST_TRUSTED:
+                self.distrust()
+            marks = self.trusted[slice_offset] = array("B", bytes(slice_words))
+        return marks
+
+    def distrust(self) -> None:
+        """All runs must be checked again before they are written in place."""
+        self.trusted = {}
+        index = self._node.mapping.cache.index
+        if index is not None:
+            index.distrust()
 
     def table_placed(self) -> None:
-        """A table is about to take clusters that an entry may (wrongly) point at: all runs must be checked again."""
-        self.trusted.clear()
+        """A table is about to take clusters that an entry may (wrongly) point at."""
+        self.distrust()
 
     # -- checks ---------------------------------------------------------------------------------------------------------
 

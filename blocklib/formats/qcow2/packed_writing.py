@@ -52,6 +52,9 @@ class _Claim(WriteTicket):
         self.linked = 0
         """How many of the streams are part of the image."""
 
+    def next_claimed(self, cluster: int) -> int | None:
+        return max(cluster, self.first) if cluster < self.stop else None
+
     def abort(self) -> None:
         _give_back(self._node, self)
 
