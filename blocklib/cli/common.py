@@ -76,11 +76,11 @@ def cache_mode(given: Given, option: str, default: CacheMode, *, code: int = 1) 
 
 
 def check_objects(given: Given) -> None:
-    """Make the secrets that --object defines, for what opens and creates images later.  Raises Failure."""
+    """Make what --object defines, for what opens and creates images later.  Raises Failure."""
     if given.has("--object"):
-        from blocklib.cli.objects import secrets_of
+        from blocklib.cli.objects import divided, objects_of
 
-        given.secrets = secrets_of(given.all("--object"))
+        given.secrets, given.authorizers = divided(objects_of(given.all("--object")))
 
 
 def with_secrets(given: Given, options: Mapping[str, OptionValue]) -> dict[str, OptionValue]:

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from socket import socket
+    from ssl import SSLContext
+
     from blocklib.crypto.secrets import Secret
 
 
@@ -56,8 +60,14 @@ class Given:
         self.operands = operands
         self.sequence = tuple(sequence)
         """(first name, value or "") of every option, in the order of the command line."""
-        self.secrets: dict[str, Secret] = {}
-        """What the --object options define, once a command has asked for it."""
+        self.secrets: dict[str, Secret | SSLContext] = {}
+        """The secrets and TLS credentials that the --object options define, once a command has asked for it."""
+        self.authorizers: dict[str, Callable[[str], bool]] = {}
+        """And who is let in."""
+        self.listener: socket | None = None
+        """A socket that listens already, which our caller has passed on."""
+        self.ready: Callable[[], object] = lambda: None
+        """To be called by a server once it serves."""
 
     def has(self, name: str) -> bool:
         return name in self._values

@@ -14,6 +14,8 @@ from blocklib.cli.session import Failure, Session
 from blocklib.errors import BlocklibError
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
     from blocklib.options import CacheMode, OptionValue
@@ -87,7 +89,7 @@ class Shell:
         image_opts: bool,
         untrusted: bool,
         misaligned: bool,
-        secrets: Mapping[str, Secret] | None = None,
+        secrets: Mapping[str, Secret | SSLContext] | None = None,
     ) -> None:
         self.session = session
         self._secrets = secrets
@@ -187,19 +189,12 @@ class Shell:
         return disk
 
     def _with_overlay(self, opening: Opening) -> Disk:
-        """A temporary overlay on the disk.  Its file has no name any more, so nothing has to be cleaned up."""
-        import tempfile
-
-        from blocklib.creating import create
-        from blocklib.opening import open_disk
+        """A temporary overlay on the disk."""
+        from blocklib.cli.overlay import temporary_overlay
 
         base = self._open(opening, write=False)
         try:
-            with tempfile.TemporaryDirectory(prefix="blocklib-") as folder:
-                path = f"{folder}/overlay.qcow2"
-                create(path, base.size, format="qcow2")
-                mode: Literal["r", "r+"] = "r+" if opening.write else "r"
-                overlay = open_disk(path, mode, format="qcow2", backing=base, cache="unsafe", discard="unmap")
+            overlay = temporary_overlay(base, write=opening.write)
         except BaseException:
             base.close()
             raise

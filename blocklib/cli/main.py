@@ -1,6 +1,6 @@
 """Where a run begins: which program are we called as, which command is wanted, and how does it end.
 
-Called through a link named ``qemu-img`` or ``qemu-io`` this is that program.  Commands are imported by name when they
+Called through a link named ``qemu-img``, ``qemu-io`` or ``qemu-nbd`` this is that program.  Commands are imported by name when they
 are called, so that ``info`` of a small image does not pay for the others.
 """
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Command(Protocol):
-        """What a command's module has."""
+        """What a command's module has, and perhaps `prepare`, which runs before any thread does: its exit code, if it has one,
+        is that of the command."""
 
         SYNTAX: Syntax
         run: Callable[[Session, Given], int]
@@ -41,13 +42,14 @@ COMMANDS = {
     "io": "read and write single ranges, in qemu-io's language",
     "map": "show where every range of an image lives",
     "measure": "tell how many bytes a new image needs",
+    "nbd": "give out an image over the network, or list what somebody gives out",
     "rebase": "change the image below an image",
     "resize": "change the size of an image",
     "snapshot": "keep states of a disk inside its image, and go back to them",
 }
 """Every command, and what it does.  Each is the module of its name beside this one."""
 
-_COMMAND_OF_PROGRAM = {"qemu-io": "io"}
+_COMMAND_OF_PROGRAM = {"qemu-io": "io", "qemu-nbd": "nbd"}
 """Programs that are one command."""
 _QEMU_VERSION = "7.2.0"
 """Whose options, output and exit codes are ours."""
@@ -118,7 +120,9 @@ def _dispatch(session: Session, arguments: list[str]) -> int:
         if given.has(HELP.names[0]):
             print(help_text(spelled, module.SYNTAX))
             return 0
-        return run_in_worker(session, lambda: module.run(session, given))
+        prepare: Callable[[Session, Given], int | None] | None = getattr(module, "prepare", None)
+        code = prepare(session, given) if prepare is not None else None
+        return run_in_worker(session, lambda: module.run(session, given)) if code is None else code
     except UsageFailure as exc:
         raise UsageFailure(f"{exc} (see '{spelled} --help')") from exc
 

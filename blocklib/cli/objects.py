@@ -1,49 +1,81 @@
-"""``--object``: the secrets that options of images name by their ids, in all of QEMU's spellings.
+"""``--object``: secrets, TLS credentials and rules of who is let in, named by their ids, in all of QEMU's spellings.
 
-A secret that cannot be made ends the command before any image is opened.  What is printed then never repeats a value.
+An object that cannot be made ends the command before any image is opened.  What is printed then never repeats a value.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blocklib.cli.session import Failure
 from blocklib.errors import BlocklibError, StorageError
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from blocklib.crypto.secrets import Secret
 
-_KINDS = ("secret",)
+Object: TypeAlias = "Secret | SSLContext | Callable[[str], bool]"
+"""A secret, TLS credentials, or whether a distinguished name is let in."""
+
+_KINDS = ("secret", "tls-creds-x509", "tls-creds-psk", "authz-simple", "authz-list", "authz-list-file")
 
 
-def secrets_of(texts: Sequence[str]) -> dict[str, Secret]:
-    """The secrets that the values of all --object options define, by id.  Raises Failure."""
-    from blocklib.crypto.secrets import secret_from_properties
-
-    secrets: dict[str, Secret] = {}
+def objects_of(texts: Sequence[str]) -> dict[str, Object]:
+    """What the values of all --object options define, by id.  Raises Failure."""
+    objects: dict[str, Object] = {}
     for text in texts:
         properties = _json_properties(text) if text.startswith("{") else _properties(text)
         kind = properties.pop("qom-type", "")
         if kind not in _KINDS:
-            shown = f" {kind}" if _is_id(kind) else ""
+            shown = f" {kind}" if isinstance(kind, str) and _is_id(kind) else ""
             raise Failure(f"--object{shown}: no such kind of object; there is {', '.join(_KINDS)}")
         name = properties.pop("id", "")
-        if not _is_id(name):
-            raise Failure("--object secret: needs id=ID, a letter followed by letters, digits, '-', '.' and '_'")
-        if name in secrets:
-            raise Failure(f"--object secret: the id {name!r} is given twice")
+        if not isinstance(name, str) or not _is_id(name):
+            raise Failure(f"--object {kind}: needs id=ID, a letter followed by letters, digits, '-', '.' and '_'")
+        if name in objects:
+            raise Failure(f"--object {kind}: the id {name!r} is given twice")
         try:
-            secrets[name] = secret_from_properties(properties, secrets, _read_file)
+            objects[name] = _make(str(kind), properties, objects)
         except BlocklibError as exc:
-            raise Failure(f"--object secret,id={name}: {exc}") from None
-    return secrets
+            raise Failure(f"--object {kind},id={name}: {exc}") from None
+    return objects
 
 
-def _properties(text: str) -> dict[str, str]:
+def divided(objects: Mapping[str, Object]) -> tuple[dict[str, Secret | SSLContext], dict[str, Callable[[str], bool]]]:
+    """(what options of images may name, who is let in): the objects by their use."""
+    secrets: dict[str, Secret | SSLContext] = {}
+    authorizers: dict[str, Callable[[str], bool]] = {}
+    for name, found in objects.items():
+        if callable(found):
+            authorizers[name] = found
+        else:
+            secrets[name] = found
+    return secrets, authorizers
+
+
+def _make(kind: str, properties: dict[str, Any], others: Mapping[str, Object]) -> Object:
+    if kind == "secret":
+        from blocklib.crypto.secrets import Secret, secret_from_properties
+
+        if not all(isinstance(value, str) for value in properties.values()):
+            raise Failure("--object secret: its properties are text")
+        secrets = {name: other for name, other in others.items() if isinstance(other, Secret)}
+        return secret_from_properties(properties, secrets, _read_file)
+    if kind.startswith("tls-creds"):
+        from blocklib.cli.tls_objects import credentials
+
+        return credentials(kind, properties, others)
+    from blocklib.cli.tls_objects import rules
+
+    return rules(kind, properties, _read_file)
+
+
+def _properties(text: str) -> dict[str, Any]:
     """``KIND,NAME=VALUE,...``; a comma inside a value is doubled."""
-    properties: dict[str, str] = {}
+    properties: dict[str, Any] = {}
     for index, part in enumerate(part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")):
         name, equals, value = part.partition("=")
         if not equals:
@@ -54,7 +86,7 @@ def _properties(text: str) -> dict[str, str]:
     return properties
 
 
-def _json_properties(text: str) -> dict[str, str]:
+def _json_properties(text: str) -> dict[str, Any]:
     import json
 
     found = None
@@ -64,8 +96,8 @@ def _json_properties(text: str) -> dict[str, str]:
         text = ""  # reported below, where the error, which holds the text, is no context of ours
     if not text:
         raise Failure("--object: the text is not JSON")
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise Failure("--object: the JSON is not an object whose values are text")
+    if not isinstance(found, dict):
+        raise Failure("--object: the JSON is not an object")
     return found
 
 
@@ -83,7 +115,7 @@ def _read_file(name: str, most: int) -> bytes:
     except OSError as exc:
         raise StorageError.wrap(exc, "read", filename=name) from exc
     except ValueError:
-        raise Failure("--object secret: a file name contains a NUL character") from None
+        raise Failure("--object: a file name contains a NUL character") from None
     if len(content) > most:
-        raise Failure(f"--object secret: {name} has more than {most} bytes")
+        raise Failure(f"--object: {name} has more than {most} bytes")
     return bytes(content)

@@ -34,6 +34,8 @@ class Session:
         self.program = program
         self.debug = debug
         self.interrupted = False
+        self.serves = False
+        """SIGTERM and SIGHUP ask the command to stop as well, as with qemu-nbd."""
         self.report_wanted = False
         """SIGUSR1 came: say once how far the work is, and reset this."""
         self._cancel: Callable[[], object] | None = None
@@ -95,6 +97,10 @@ def _signals(session: Session) -> Iterator[None]:
         session.report_wanted = True
 
     handlers: dict[int, Callable[[int, object], None]] = {signal.SIGINT: lambda _number, _frame: session.interrupt()}
+    if session.serves:
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                handlers[getattr(signal, name)] = handlers[signal.SIGINT]
     if hasattr(signal, "SIGUSR1"):
         handlers[signal.SIGUSR1] = report
     before = {}

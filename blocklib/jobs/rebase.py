@@ -21,6 +21,8 @@ from blocklib.records import Record
 from blocklib.reports import RebaseResult
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from blocklib.crypto.secrets import Secret
     from blocklib.node import Node
     from blocklib.policy import References, Target
@@ -35,7 +37,7 @@ def rebase(
     unsafe: bool = False,
     format: str | None = None,
     references: References = "deny",
-    secrets: Mapping[str, Secret] | None = None,
+    secrets: Mapping[str, Secret | SSLContext] | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
@@ -71,7 +73,7 @@ class _Rebase(Record, Task[RebaseResult]):
     unsafe: bool
     format: str | None
     references: References
-    secrets: Mapping[str, Secret] | None
+    secrets: Mapping[str, Secret | SSLContext] | None
 
     def run(self, control: Control) -> RebaseResult:
         copied = 0

@@ -13,10 +13,14 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 import blocklib
-from blocklib.cli.objects import secrets_of
+from blocklib.cli.objects import objects_of
 from blocklib.cli.session import Failure
 
 CODE = "xyzzy-plugh"
+
+
+def secrets_of(texts: list[str]) -> dict[str, Secret]:
+    return {name: found for name, found in objects_of(texts).items() if isinstance(found, Secret)}
 
 
 def test_a_secret_is_shown_as_stars_everywhere() -> None:
