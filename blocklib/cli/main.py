@@ -1,7 +1,7 @@
 """Where a run begins: which program are we called as, which command is wanted, and how does it end.
 
-Called through a link named ``qemu-img``, ``qemu-io`` or ``qemu-nbd`` this is that program.  Commands are imported by name when they
-are called, so that ``info`` of a small image does not pay for the others.
+Called through a link named ``qemu-img``, ``qemu-io`` or ``qemu-nbd`` this is that program.  Commands are imported by name
+when they are called, so that ``info`` of a small image does not pay for the others.
 """
 
 from __future__ import annotations

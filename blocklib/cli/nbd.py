@@ -152,7 +152,8 @@ def _check(given: Given) -> None:
     if given.has("-n") and given.has("--cache"):
         raise Failure("-n and --cache exclude each other")
     _one_of(given, "--aio", dict.fromkeys(_AIO_MODES, ""), "threads")
-    if _one_of(given, "--detect-zeroes", _DETECT, "off") == "unmap" and _one_of(given, "--discard", _DISCARD, "ignore") != "unmap":
+    discard = _one_of(given, "--discard", _DISCARD, "ignore")
+    if _one_of(given, "--detect-zeroes", _DETECT, "off") == "unmap" and discard != "unmap":
         raise Failure("--detect-zeroes=unmap needs --discard=unmap")
 
 

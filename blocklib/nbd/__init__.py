@@ -6,11 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blocklib.nbd.listing import ExportInfo, list_exports
     from blocklib.nbd.server import Server
     from blocklib.nbd.server_limits import ServerLimits
     from blocklib.nbd.tls import psk_context, tls_context
 
-_PLACES = {"Server": "server", "ServerLimits": "server_limits", "psk_context": "tls", "tls_context": "tls"}
+_PLACES = {
+    "ExportInfo": "listing",
+    "Server": "server",
+    "ServerLimits": "server_limits",
+    "list_exports": "listing",
+    "psk_context": "tls",
+    "tls_context": "tls",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +33,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Server", "ServerLimits", "psk_context", "tls_context"]
+__all__ = ["ExportInfo", "Server", "ServerLimits", "list_exports", "psk_context", "tls_context"]

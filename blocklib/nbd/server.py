@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from blocklib.errors import BlocklibError, ClosedError, NameNotFoundError, UsageError
-from blocklib.nbd.server_address import Address, address_of, listen_on, uri_of
+from blocklib.nbd.server_address import listen_on, uri_of
 from blocklib.nbd.server_export import Exported
 from blocklib.nbd.server_house import Authorize, House
 from blocklib.nbd.server_limits import ServerLimits
+from blocklib.nbd.uri import Address, NbdUri, parse_uri
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
@@ -53,8 +54,8 @@ class Server:
         persistent: bool = True,
         limits: ServerLimits = ServerLimits(),  # noqa: B008 - immutable
     ) -> None:
-        address = address_of(listen) if isinstance(listen, str) else Address()
-        if address.tls and tls is None:
+        wanted = parse_uri(listen) if isinstance(listen, str) else NbdUri(Address())
+        if wanted.tls and tls is None:
             raise UsageError(f"{listen}: TLS needs tls=, a context with the server's certificate")
         if authorize is not None and tls is None:
             raise UsageError("authorize= looks at certificates, so it needs tls=")
@@ -66,7 +67,7 @@ class Server:
         if disk is not None:
             first = Exported(
                 disk,
-                address.name if name is None else name,
+                wanted.export if name is None else name,
                 description=description,
                 read_only=read_only,
                 offset=offset,
@@ -75,14 +76,14 @@ class Server:
                 allocation_depth=allocation_depth,
             )
         try:
-            self._listener = listen_on(address) if isinstance(listen, str) else listen
+            self._listener = listen_on(wanted.address) if isinstance(listen, str) else listen
             self._listener.setblocking(False)
         except BaseException:
             if first is not None:
                 first.close()
             raise
-        self._path = address.path
-        self._name = first.name if first is not None else address.name
+        self._path = wanted.address.path
+        self._name = first.name if first is not None else wanted.export
         self._uri = uri_of(self._listener, self._name, tls=tls is not None)
         self._house = House(
             [self._listener], limits, tls=tls, authorize=authorize, shared=shared, persistent=persistent
@@ -183,7 +184,7 @@ class Server:
         house.loop.call(house.loop.end)
         house.loop.join()
         self._listener.close()
-        if self._path is not None:
+        if self._path:
             _unlink(self._path)
         with house.changed:
             exports = list(house.exports.values())

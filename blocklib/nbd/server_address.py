@@ -6,65 +6,26 @@ import errno
 import os
 import socket
 import stat
-from typing import Final, NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import Final
 
 from blocklib.errors import StorageError, UsageError
-from blocklib.nbd import wire
+from blocklib.nbd.uri import Address, NbdUri
 
-_SCHEMES: Final = {"nbd": (False, False), "nbds": (False, True), "nbd+unix": (True, False), "nbds+unix": (True, True)}
-"""Scheme -> (a Unix socket, with TLS)."""
 _BACKLOG: Final = 128
 
 
-class Address(NamedTuple):
-    """What a URI says."""
-
-    host: str = ""
-    port: int = wire.NBD_DEFAULT_PORT
-    path: str | None = None
-    """Of a Unix socket; then there is no host and no port."""
-    name: str = ""
-    tls: bool = False
-
-
-def address_of(text: str) -> Address:
-    """The address that a URI names.  Raises UsageError."""
-    try:
-        parts = urlsplit(text)
-        unix, tls = _SCHEMES[parts.scheme]
-        name = unquote(parts.path[1:], errors="strict")
-        query = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict")
-        port = parts.port
-    except (ValueError, KeyError) as exc:
-        raise UsageError(f"{text!r} is no URI to listen at, such as nbd://127.0.0.1:10809/NAME") from exc
-    path = query.pop("socket", [""])[-1]
-    if query or parts.fragment or parts.username is not None or unix is not bool(path) or (unix and parts.netloc):
-        raise UsageError(f"{text!r}: a server takes nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH")
-    if unix:
-        return Address(path=path, name=name, tls=tls)
-    return Address(parts.hostname or "", wire.NBD_DEFAULT_PORT if port is None else port, None, name, tls)
-
-
 def listen_on(address: Address) -> socket.socket:
-    """A socket that listens.  Raises StorageError."""
-    if address.path is not None:
+    """A socket that listens.  Raises StorageError, UsageError."""
+    if address.path:
         return _listen_on_path(address.path)
-    shown = f"{address.host or '*'} port {address.port}"
     try:
-        found = socket.getaddrinfo(
-            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (OSError, UnicodeError) as exc:
-        raise StorageError(f"{shown}: {getattr(exc, 'strerror', None) or exc}", operation="listen") from exc
-    family, _kind, _protocol, _canonical, place = found[0]
-    both = not address.host and socket.has_dualstack_ipv6()
-    try:
-        if both:
-            return socket.create_server(("", address.port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _kind, _protocol, _canonical, place = found[0]
         return socket.create_server(place, family=family, backlog=_BACKLOG)
-    except OSError as exc:
-        raise StorageError.wrap(exc, "listen", filename=shown) from exc
+    except (OSError, UnicodeError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
+        text = f"{address}: cannot listen there: {reason}"
+        raise StorageError(text, errno=getattr(exc, "errno", None), operation="listen") from exc
 
 
 def _listen_on_path(path: str) -> socket.socket:
@@ -104,12 +65,9 @@ def _remove_left_over(path: str, family: int) -> None:
 
 def uri_of(listener: socket.socket, name: str, *, tls: bool) -> str:
     """The URI that clients use for an export at a socket that listens."""
-    scheme = "nbds" if tls else "nbd"
     place = listener.getsockname()
     if listener.family == getattr(socket, "AF_UNIX", None):
-        path = os.fsdecode(place)
-        return f"{scheme}+unix:///{quote(name, safe='')}?socket={quote(path)}"
-    host, port = place[:2]
-    if ":" in host:
-        host = f"[{host}]"
-    return f"{scheme}://{host}:{port}/{quote(name, safe='')}"
+        address = Address(path=os.fsdecode(place))
+    else:
+        address = Address(host=place[0], port=place[1])
+    return str(NbdUri(address, name, tls))

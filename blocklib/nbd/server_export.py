@@ -61,14 +61,15 @@ class Exported:
         self._length = length
         self._descriptors: dict[Node, int] = {}
         self._held = ExitStack()
+        self.may_pass = True
+        """No filter below the top of the chain wants to see what is read."""
         self._contexts: dict[str, Context] = {wire.BASE_ALLOCATION: self._allocation}
         if allocation_depth:
             self._contexts[wire.QEMU_ALLOCATION_DEPTH] = self._allocation_depth
         try:
             for bitmap_name in bitmaps:
                 self._add_bitmap(disk.bitmaps[bitmap_name])
-            if self.read_only:
-                self._find_plain_files()
+            self._look_at_chain()
         except BaseException:
             self.close()
             raise
@@ -141,19 +142,18 @@ class Exported:
 
     # -- plain files --------------------------------------------------------------------------------------------------
 
-    def _find_plain_files(self) -> None:
+    def _look_at_chain(self) -> None:
         """Take a descriptor of every file of the chain that can be sent from, of our own: the disk may close its own while a
         reply is on its way."""
-        todo = [self.disk.node]
+        top = self.disk.node
+        todo = [top]
         while todo:
             node = todo.pop()
-            if node.is_filter:  # it wants to see what is read
-                return
             todo += [edge.node for edge in node.children.values()]
-            if node.is_leaf:
-                fd = node.plain_descriptor()
-                if fd is not None:
-                    self._descriptors[node] = os.dup(fd)
+            self.may_pass = self.may_pass and (node is top or not node.sees_reads)
+            fd = node.plain_descriptor() if node.is_leaf and self.read_only else None
+            if fd is not None:
+                self._descriptors[node] = os.dup(fd)
 
     def descriptor_of(self, node: Node) -> int:
         """A descriptor to send from what lies plain in a protocol node, or -2 where that is not possible."""

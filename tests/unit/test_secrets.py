@@ -19,8 +19,8 @@ from blocklib.cli.session import Failure
 CODE = "xyzzy-plugh"
 
 
-def secrets_of(texts: list[str]) -> dict[str, Secret]:
-    return {name: found for name, found in objects_of(texts).items() if isinstance(found, Secret)}
+def secrets_of(texts: list[str]) -> dict[str, blocklib.Secret]:
+    return {name: found for name, found in objects_of(texts).items() if isinstance(found, blocklib.Secret)}
 
 
 def test_a_secret_is_shown_as_stars_everywhere() -> None:
