@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import getopt as _getopt
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from blocklib.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +24,7 @@ class UsageFailure(Exception):
     """The command line itself is wrong; the hint at the help is added where it is reported."""
 
 
-class Option(NamedTuple):
+class Option(Record):
     """One option: its names ("-f", "--format"), what to call its value (None: a flag), and what it does."""
 
     names: tuple[str, ...]
@@ -30,7 +32,7 @@ class Option(NamedTuple):
     help: str
 
 
-class Syntax(NamedTuple):
+class Syntax(Record):
     """What one command accepts.  `operands` is how the help spells the rest, `about` what the command does."""
 
     operands: str

@@ -6,6 +6,7 @@ when they are called, so that ``info`` of a small image does not pay for the oth
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -54,15 +55,19 @@ _COMMAND_OF_PROGRAM = {"qemu-io": "io", "qemu-nbd": "nbd"}
 _QEMU_VERSION = "7.2.0"
 """Whose options, output and exit codes are ours."""
 _EXIT_FAILED = 1
+_GARBAGE = 50_000
+"""New objects between two searches for cycles: the interpreter's 700 would make many while modules are loaded."""
 _EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: what a shell reports of a program whose reader has gone."""
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command line and return the exit code.  Without `arguments`: those of this process."""
+    is_process = arguments is None
     if arguments is None:
         arguments = sys.argv[1:]
         _prepare_streams()
+        gc.set_threshold(_GARBAGE)
     session = Session(program or _program_name(sys.argv[0]))
     try:
         code = _dispatch(session, list(arguments))
@@ -73,6 +78,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         if isinstance(exc, OSError) and not isinstance(exc, BlocklibError):
             return _give_up_output(session, exc)
         return _report(session, exc)
+    if is_process:
+        gc.freeze()  # what is still there goes with the process, and need not be searched for cycles first
     return code
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import data_file, key_slots, layout
-from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS
+from blocklib.formats.qcow2.create import VERSIONS
 from blocklib.formats.qcow2.header import Header, feature_name_table
 from blocklib.formats.qcow2.settings import VERSION_3_OPTIONS
 from blocklib.formats.qcow2.snapshots.table import table_bytes
@@ -36,8 +36,8 @@ def check(node: Qcow2Node, options: Mapping[str, Any], *, force: bool = False) -
     version = _version_after(node, options)
     width = _width_after(node, options)
     size = options["size"]
-    if size and size % SIZE_UNIT:
-        raise _bad(node, "size", f"the size is a multiple of {SIZE_UNIT}, not {size}")
+    if size and size % layout.SIZE_UNIT:
+        raise _bad(node, "size", f"the size is a multiple of {layout.SIZE_UNIT}, not {size}")
     if version == layout.VERSION_2:
         if width != 16:
             given = options["refcount_bits"] is not None

@@ -29,7 +29,7 @@ from blocklib.formats.qcow2.bitmap_directory import (
     parse_extension,
     parse_table,
 )
-from blocklib.formats.qcow2.create import SIZE_UNIT, VERSIONS, geometry_for
+from blocklib.formats.qcow2.create import VERSIONS, geometry_for
 from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.records import replace
@@ -86,7 +86,7 @@ def measured_for(options: Mapping[str, Any], bitmaps: Iterable[tuple[str, int]])
     """Bytes that bitmaps (name, granularity in bytes) take in a new image; None for one of version 2, which stores none."""
     if VERSIONS[options["compat"]] == layout.VERSION_2:
         return None
-    size = -(-options["size"] // SIZE_UNIT) * SIZE_UNIT
+    size = -(-options["size"] // layout.SIZE_UNIT) * layout.SIZE_UNIT
     packed = ((check_name(name), granularity.bit_length() - 1) for name, granularity in bitmaps)
     return measured_length(geometry_for(options), size, packed)
 

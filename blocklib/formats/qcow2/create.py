@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from blocklib.graph import Edge
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-SIZE_UNIT = 512
-"""The size of an image is a multiple of this."""
 
 
 def header_for(size: int, options: Mapping[str, Any]) -> Header:
@@ -39,7 +37,7 @@ def header_for(size: int, options: Mapping[str, Any]) -> Header:
     header = Header(
         version=version,
         cluster_bits=geometry.cluster_bits,
-        size=-(-size // SIZE_UNIT) * SIZE_UNIT,
+        size=-(-size // layout.SIZE_UNIT) * layout.SIZE_UNIT,
         refcount_order=geometry.refcount_order,
         header_length=layout.HEADER_V2_LENGTH if version == layout.VERSION_2 else layout.HEADER_V3_LENGTH,
     )

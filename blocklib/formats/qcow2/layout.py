@@ -273,3 +273,5 @@ MAX_HOST_OFFSET: Final = 1 << 56
 """'Table layouts limit an image to no more than 64 PB (56 bits)': every host offset is below this."""
 MAX_VIRTUAL_SIZE: Final = (1 << 63) - 1
 """Offsets are signed 64-bit numbers in every system call that we make."""
+SIZE_UNIT: Final = 512
+"""The size of an image is a multiple of this: QEMU shows whole sectors only [seen]."""

@@ -12,19 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, special, telling, writing
+from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, telling, writing
 from blocklib.formats.qcow2.batch_node import BatchNode
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.cluster_writes import ClusterWritingNode
 from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
-from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
-from blocklib.formats.qcow2.header_write import plan_rewrite
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
-from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
-from blocklib.formats.qcow2.refcounts import Refcounts
-from blocklib.formats.qcow2.settings import settings_for
 from blocklib.formats.qcow2.snapshots.table import read_snapshots
 from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
@@ -50,14 +45,6 @@ if TYPE_CHECKING:
     from blocklib.tracking import BitmapStore
 
 _T = TypeVar("_T")
-
-SUPPORTED_INCOMPATIBLE = (
-    layout.INCOMPATIBLE_DIRTY
-    | layout.INCOMPATIBLE_CORRUPT
-    | layout.INCOMPATIBLE_DATA_FILE
-    | layout.INCOMPATIBLE_COMPRESSION_TYPE
-    | layout.INCOMPATIBLE_EXTENDED_L2
-)
 
 
 class Qcow2Node(BatchNode, ClusterWritingNode):
@@ -137,13 +124,17 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         file = self.file
         self.header = self._read_header()
         self.geometry = self.header.geometry()
-        self.size = self.header.size // SIZE_UNIT * SIZE_UNIT  # QEMU shows whole sectors
+        self.size = self.header.size // layout.SIZE_UNIT * layout.SIZE_UNIT  # QEMU shows whole sectors
         self.zero_alignment = self.geometry.cluster_size
         self.zero_part_alignment = self.geometry.subcluster_size
         if self.metadata_only:
             self.load_named_snapshot()
             return
-        check_supported(self.header, SUPPORTED_INCOMPATIBLE, node=self.filename)
+        from blocklib.formats.qcow2.overlap import OverlapGuard, kinds_for
+        from blocklib.formats.qcow2.refcounts import Refcounts
+        from blocklib.formats.qcow2.settings import settings_for
+
+        check_supported(self.header, layout.INCOMPATIBLE_KNOWN, node=self.filename)
         self._data_child = data_file.CHILD if data_file.is_external(self.header) else "file"
         if self.crypt is None and (self.header.crypt_method or self.options.get("encrypt.format")):
             from blocklib.formats.qcow2.encryption import open_encryption
@@ -339,6 +330,8 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
     def read_special(self, offset: int, view: memoryview) -> bool:
         if self.crypt is not None and self.crypt.read(self, offset, view):
             return True
+        from blocklib.formats.qcow2 import special
+
         return special.read(self, offset, view)
 
     def ask_for_holes(self) -> None:
@@ -452,7 +445,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         from blocklib.formats.qcow2.geometry import measure_size
 
         geometry = geometry_for(options)  # of options that exclude each other, qemu-img asks no more
-        size = -(-options["size"] // SIZE_UNIT) * SIZE_UNIT
+        size = -(-options["size"] // layout.SIZE_UNIT) * layout.SIZE_UNIT
         data = data_bytes(geometry.cluster_size)
         measured = measure_size(geometry, size, data, preallocation=options["preallocation"])
         extra = geometry.round_up(encryption_length(options))
@@ -591,6 +584,8 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         """How `header` would replace the one in the file.  Raises UsageError where it does not fit."""
         on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
         self.file.read(0, memoryview(on_disk))
+        from blocklib.formats.qcow2.header_write import plan_rewrite
+
         return plan_rewrite(header, bytes(on_disk))
 
     def rewrite_header(self) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 from blocklib.errors import ImageLimitError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import data_file, layout
-from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.formats.qcow2.zeroing import forget_range, zero_range
 
@@ -69,7 +68,7 @@ def _take_back(node: Qcow2Node, size: int) -> None:
 
 def resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> None:
     """Make the disk `size` bytes long, which `check_resize` has accepted, durably; the caller has drained it."""
-    old_size = node.header.size // SIZE_UNIT * SIZE_UNIT
+    old_size = node.header.size // layout.SIZE_UNIT * layout.SIZE_UNIT
     if size < old_size:
         _shrink(node, size)
     elif size > old_size:
@@ -98,8 +97,8 @@ def check_resize(node: Qcow2Node, size: int, preallocation: Preallocation) -> No
 
 
 def _check_size(node: Qcow2Node, size: int) -> None:
-    if size % SIZE_UNIT:  # QEMU shows only whole sectors: it would not see the end of the disk
-        raise UsageError(f"{node.filename}: the size of a qcow2 image is a multiple of {SIZE_UNIT}, not {size}")
+    if size % layout.SIZE_UNIT:  # QEMU shows only whole sectors: it would not see the end of the disk
+        raise UsageError(f"{node.filename}: the size of a qcow2 image is a multiple of {layout.SIZE_UNIT}, not {size}")
     entries = node.geometry.l1_entries_for(size)
     if entries * layout.TABLE_ENTRY_LENGTH > node.limits.l1_bytes or size > node.geometry.max_virtual_size:
         raise ImageLimitError(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from blocklib.errors import ImageCorruptError, ImageLimitError, UnsupportedFeatureError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.corruption import change_features
-from blocklib.formats.qcow2.create import SIZE_UNIT
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L2, REFCOUNT_BLOCK
 from blocklib.formats.qcow2.snapshots.table import Snapshot, checked_name, extra_data, new_id, table_bytes
 from blocklib.formats.qcow2.snapshots.tally import Tally, Write, l2_offsets, tally_for
@@ -162,7 +161,7 @@ def load_l1(node: Qcow2Node, index: int) -> Table:
 def snapshot_size(node: Qcow2Node, entry: Snapshot) -> int:
     """The size of a snapshot's disk in bytes: whole sectors, as for the image itself."""
     size = node.header.size if entry.disk_size is None else entry.disk_size
-    return size // SIZE_UNIT * SIZE_UNIT
+    return size // layout.SIZE_UNIT * layout.SIZE_UNIT
 
 
 def _refuse_data_file(node: Qcow2Node) -> None:
@@ -306,7 +305,7 @@ class _Change:
             node.refcounts.l1_clusters = node.active_l1_clusters()
             node.snapshots = self._snapshots
             node.guard.table_placed()
-            node.size = header.size // SIZE_UNIT * SIZE_UNIT
+            node.size = header.size // layout.SIZE_UNIT * layout.SIZE_UNIT
         node.guard.refresh()
 
     def free_old_table(self) -> None:

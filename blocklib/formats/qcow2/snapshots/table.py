@@ -9,7 +9,6 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blocklib.errors import ImageCorruptError, ImageLimitError, NameNotFoundError, UsageError
@@ -69,6 +68,8 @@ class Snapshot(NamedTuple):
 
     def info(self, disk_size: int) -> SnapshotInfo:
         """For people; `disk_size` is the image's, for an entry that does not say its own."""
+        from datetime import UTC, datetime
+
         moment = datetime.fromtimestamp(self.seconds, UTC)
         return SnapshotInfo(
             id=os.fsdecode(self.id),
