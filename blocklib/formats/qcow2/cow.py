@@ -11,10 +11,22 @@ if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
 
 
-class AllocationTicket(WriteTicket):
+class RangeTicket(WriteTicket):
+    """The ticket of who claims the guest clusters [first, stop)."""
+
+    __slots__ = ("first", "stop")
+
+    first: int
+    stop: int
+
+    def next_claimed(self, cluster: int) -> int | None:
+        return max(cluster, self.first) if cluster < self.stop else None
+
+
+class AllocationTicket(RangeTicket):
     """Host clusters reserved for guest clusters [first, stop)."""
 
-    __slots__ = ("_node", "end", "first", "host_cluster", "preallocated", "start", "stop")
+    __slots__ = ("_node", "end", "host_cluster", "preallocated", "start")
 
     start: int
     end: int
@@ -27,9 +39,6 @@ class AllocationTicket(WriteTicket):
         self.host_cluster = host_cluster
         self.preallocated = preallocated
         """The host clusters are the guest clusters' own already; only what the entries say of their content changes."""
-
-    def next_claimed(self, cluster: int) -> int | None:
-        return max(cluster, self.first) if cluster < self.stop else None
 
     def commit(self) -> None:
         self._node.link(self)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from blocklib.buffers import zeroes
+from blocklib.formats.qcow2.cow import RangeTicket
 from blocklib.formats.qcow2.reserve import back_tables
-from blocklib.node import WriteTicket
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -23,7 +23,7 @@ _Span: TypeAlias = "tuple[int, int]"
 """(first guest cluster, number)."""
 
 
-class _Fresh(WriteTicket):
+class _Fresh(RangeTicket):
     """Guest clusters that a write has claimed, all of them absent, and their host clusters."""
 
     def __init__(self, node: Qcow2Node, spans: list[_Span]) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from blocklib.errors import StorageError, UnsupportedFeatureError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.compression import Compressor
+from blocklib.formats.qcow2.cow import RangeTicket
 from blocklib.formats.qcow2.reserve import back_tables
-from blocklib.node import WriteTicket
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -37,7 +37,7 @@ def compressor(node: Qcow2Node, level: int | None) -> Compressor:
     return Compressor(header.compression_type, node.geometry.cluster_size, level)
 
 
-class _Claim(WriteTicket):
+class _Claim(RangeTicket):
     """The guest clusters of one compressed write, and where their streams go."""
 
     def __init__(self, node: Qcow2Node, offset: int, packed: Sequence[bytes | None]) -> None:
@@ -51,9 +51,6 @@ class _Claim(WriteTicket):
         self.host_offsets: list[int] = []
         self.linked = 0
         """How many of the streams are part of the image."""
-
-    def next_claimed(self, cluster: int) -> int | None:
-        return max(cluster, self.first) if cluster < self.stop else None
 
     def abort(self) -> None:
         _give_back(self._node, self)
