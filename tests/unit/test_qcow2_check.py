@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blocklib._fast import check as kernels
+from blocklib._fast.kernel import Kernel
 from blocklib.errors import ImageError, ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.counts import (
@@ -24,14 +27,30 @@ from blocklib.formats.qcow2.check.counts import (
 from blocklib.formats.qcow2.check.image import check_image
 from blocklib.formats.qcow2.geometry import Geometry
 from blocklib.reports import CheckReport, Finding
+from tests.kernels import WAYS, way
 from tests.qcow2_bytes import COMPRESSED, COPIED, Qcow2Bytes
 
 WIDTHS = pytest.mark.parametrize("refcount_order", range(7), ids=lambda order: f"{1 << order}-bit")
 
 
 def check(image: Qcow2Bytes, **arguments: Any) -> CheckReport:
+    """The report of the definition, and of the kernels: it is the same."""
+    report = check_with(None, image, **arguments)
+    assert check_with("compiled", image, **arguments) == report
+    return report
+
+
+def check_with(name: str | None, image: Qcow2Bytes, **arguments: Any) -> CheckReport:
+    """The report, with the kernels of the check running in one of the ways, or not at all."""
     header = image.header()
-    return check_image(image, header, header.geometry(), filename="test.qcow2", **arguments)
+    compiled = kernels.family.load()
+
+    def chosen(kernel: Kernel, _saving: int) -> Callable[..., int] | None:
+        return None if name is None else compiled[kernel.name] if name == "compiled" else way(kernel, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "worth", chosen)
+        return check_image(image, header, header.geometry(), filename="test.qcow2", **arguments)
 
 
 def numbers(report: CheckReport) -> tuple[int, int, int]:
@@ -41,6 +60,43 @@ def numbers(report: CheckReport) -> tuple[int, int, int]:
 def only_finding(report: CheckReport) -> Finding:
     assert len(report.findings) == 1, report.findings
     return report.findings[0]
+
+
+ENTRIES = st.one_of(
+    st.just(0),
+    st.builds(lambda place, flags: place | flags, st.integers(1, 12), st.sampled_from([0, 1, COPIED, COPIED | 1])),
+    st.builds(lambda low, flags: COMPRESSED | flags | low, st.integers(0, 1 << 14), st.sampled_from([0, 0, 0, COPIED])),
+)
+"""L2 entries, with a cluster in place of an offset unless they are compressed."""
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("features", [0, 4, 16], ids=["plain", "data-file", "extended"])
+@given(
+    entries=st.lists(st.tuples(st.integers(0, 40), ENTRIES, st.sampled_from([0, 1, 1 << 32, 3 << 32 | 5])), max_size=12),
+    odd=st.sampled_from([0, 0, 0, 1 << 57, 512, 1 << 40]),
+    tables=st.lists(st.integers(0, 1), min_size=2, max_size=2),
+    shrunk=st.booleans(),
+)
+def test_kernels_report_what_numpy_reports(
+    name: str, features: int, entries: list[tuple[int, int, int]], odd: int, tables: list[int], shrunk: bool
+) -> None:
+    image = Qcow2Bytes(cluster_bits=14 if features == 16 else 9, n_l2=2, n_data=5, features=features)
+    for index, table in enumerate(tables):
+        image.set_entry(image.l1 + 8 * index, image.l2[table] | COPIED)
+    words = 2 if features == 16 else 1
+    image.set_entry(24, image.cluster_size**2 * 2 // (8 * words))  # the size of the disk, which two tables map
+    for index, entry, bitmap in entries:
+        if not entry & COMPRESSED:
+            entry = entry & (COPIED | 1) | (entry & 62) * (image.cluster_size // 2)
+        image.set_entry(image.l2_entry(index * words, index & 1), entry)
+        if words == 2:
+            image.set_entry(image.l2_entry(index * words + 1, index & 1), bitmap)
+    if odd:
+        image.set_entry(image.l2_entry(0), image.entry(image.l2_entry(0)) ^ odd)
+    if shrunk:
+        del image.bytes[-300:]
+    assert check_with(name, image) == check_with(None, image)
 
 
 # A sound image ------------------------------------------------------------------------------------------------------
@@ -379,7 +435,7 @@ def test_a_table_used_a_hundred_thousand_times_is_read_once() -> None:
         read(offset, view)
 
     image.read = counting_read  # type: ignore[method-assign]
-    report = check(image)
+    report = check_with(None, image)
     assert reads.count(image.l2[0]) == 1
     assert report.allocated_clusters == n_uses * len(image.data)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from blocklib._fast.check import agreeing
 from blocklib.errors import ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.bitmaps import BitmapScan
@@ -142,6 +143,14 @@ class Scan:
         if self.counts.dtype != np.uint64 and self._n_references >= 1 << 32:
             self.counts = self.counts.astype(np.uint64)
         add_references(self.counts, clusters, weights)
+
+    def has_room_for(self, references: int) -> bool:
+        """Whether so many more, counted by a kernel, fit the counts as they are."""
+        return self.counts.dtype == np.uint32 and self._n_references + references < 1 << 32
+
+    def note_counted(self, references: int) -> None:
+        """So many were counted by a kernel."""
+        self._n_references += references
 
     def count_region(
         self, structure: str, offset: int, length: int, *, role: str, times: int = 1, repairable: bool = False
@@ -373,6 +382,8 @@ class Scan:
 
     def _compare(self) -> None:
         """Stored counts against references, cluster by cluster."""
+        if self._counts_agree():
+            return
         for start, stop in self.slices():
             stored = self.stored.counts[start:stop]
             counts = np.minimum(self.counts[start:stop], self.most)
@@ -389,6 +400,17 @@ class Scan:
                 wrong &= known
             if wrong.any():
                 self._tell_wrong(np.flatnonzero(wrong) + start)
+
+    def _counts_agree(self) -> bool:
+        """Whether a kernel finds that all do, so that there is nothing to tell; `highest_cluster` is then known."""
+        if self.stored.any_unknown or self.counts.dtype != np.uint32:
+            return False
+        stored = self.stored.counts
+        last = agreeing(stored, stored.itemsize, self.counts, self.end, int(self.most))
+        if last is None:
+            return False
+        self.highest_cluster = max(last, 0)
+        return True
 
     @property
     def most(self) -> np.unsignedinteger[Any]:

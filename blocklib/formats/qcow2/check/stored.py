@@ -6,6 +6,7 @@ file can be) or zero (past the end of the file, where everything reads as zero),
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
@@ -86,8 +87,17 @@ class StoredRefcounts:
         for index in range(n_blocks):
             offset = int(self.offsets[index])
             if offset and not self.unknown[index] and offset < self.file_size:
-                part = self.counts[index * per_block : (index + 1) * per_block]
-                part[:] = self.load_block(offset)[: part.size]
+                self._load_into(self.counts[index * per_block : (index + 1) * per_block], offset)
+
+    def _load_into(self, part: CountArray, host_offset: int) -> None:
+        """The first counts of a block, in place where they are whole bytes."""
+        raw = part.view(np.uint8)
+        if self._geometry.refcount_order < 3 or host_offset + raw.size > self.file_size:
+            part[:] = self.load_block(host_offset)[: part.size]
+            return
+        self._file.read(host_offset, raw.data)
+        if sys.byteorder == "little":
+            part.byteswap(inplace=True)
 
     def load_block(self, host_offset: int) -> CountArray:
         """The counts of the refcount block at `host_offset`, one for each cluster that it covers."""
