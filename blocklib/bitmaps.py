@@ -16,6 +16,7 @@ from blocklib.errors import ReadOnlyError, UsageError
 from blocklib.tracking import DirtyBitmap, Tracking, tracking_of
 
 if TYPE_CHECKING:
+    from blocklib.dirty_bits import DirtyBits
     from blocklib.disk import Disk
     from blocklib.extents import RangeTable
     from blocklib.node import Node
@@ -141,6 +142,18 @@ class Bitmap:
         self._node()
         with self._tracking.held(self._bitmap):
             yield
+
+    def begin_copy(self) -> DirtyBits:
+        """What is marked, for a job that copies it; the bitmap begins anew and is busy until `end_copy`.
+
+        The disk is drained.
+        """
+        self._node()
+        return self._tracking.begin_copy(self._bitmap)
+
+    def end_copy(self, bits: DirtyBits | None) -> None:
+        """The job has ended; `bits` are still to be copied."""
+        self._tracking.end_copy(self._bitmap, bits)
 
     def _node(self) -> Node:
         """The disk's top node.  Raises ClosedError."""

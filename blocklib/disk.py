@@ -444,6 +444,21 @@ class Disk:
         self.node  # noqa: B018 - raises where there is none
         return Bitmaps(self)
 
+    # -- becoming another disk ----------------------------------------------------------------------------------------
+
+    def hand_over(self, change: graph.Transaction) -> None:
+        """Let others write to the images of this disk, as part of `change`; what is left here may read."""
+        change.set_permissions(self._open_root(), wanted=CONSISTENT_READ, shared=graph.ALL)
+
+    def forget(self, change: graph.Transaction) -> None:
+        """Let go of the images as part of `change`: others use them now.  Nobody else uses this disk."""
+        change.detach(self._open_root())
+        change.when_done(self._forget)
+
+    def _forget(self) -> None:
+        self._tracker.refuse(CLOSED)
+        self._root = None
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -168,6 +168,7 @@ class Transaction:
         self._touched: list[Node] = []
         self._released: list[Node] = []
         self._read_only: dict[Node, bool] = {}
+        self._afterwards: list[Callable[[], None]] = []
 
     def __enter__(self) -> Transaction:
         lock.acquire()
@@ -183,6 +184,8 @@ class Transaction:
                     raise
                 for change in self._pending:
                     change.commit()
+                for action in self._afterwards:
+                    action()
                 self._close_released()
             else:
                 self._roll_back()
@@ -261,6 +264,10 @@ class Transaction:
                 self.reopen(edge.node, read_only=read_only)
         self._pending.append(node.prepare_reopen(read_only=read_only))
         self._touch(node)
+
+    def when_done(self, action: Callable[[], None]) -> None:
+        """Call `action`, which cannot fail, once the changes are final."""
+        self._afterwards.append(action)
 
     def _touch(self, node: Node) -> None:
         if node not in self._touched:
@@ -423,6 +430,33 @@ def alone(node: Node) -> Iterator[None]:
     """As `drained`, and no other thread is alone with the node: two may have drained it at once."""
     with drained(node), node.changing:
         yield
+
+
+class Claim:
+    """The right of one job to change which images a chain has: `images` are its own until `release`."""
+
+    def __init__(self, job: str, images: Iterable[Node]) -> None:
+        """Raises GraphConflictError, which names the job that has claimed one of them before."""
+        self.job = job
+        self._images = tuple(images)
+        with lock:
+            for image in self._images:
+                if image.claim is not None:
+                    raise GraphConflictError(
+                        f"{image.filename or image.name}: a {image.claim.job} job is at work on its chain, "
+                        f"which {job} would change",
+                        other=image.claim.job,
+                        node=image.name,
+                    )
+            for image in self._images:
+                image.claim = self
+
+    def release(self) -> None:
+        """Once is enough."""
+        with lock:
+            for image in self._images:
+                if image.claim is self:
+                    image.claim = None
 
 
 def backing_of(node: Node) -> Node | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blocklib._fast.extents import Rows
     from blocklib._fast.work import Work
     from blocklib.extents import Run
-    from blocklib.graph import Edge
+    from blocklib.graph import Claim, Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
     from blocklib.requests import RequestTracker
     from blocklib.tracking import BitmapStore, Tracking
@@ -154,6 +154,8 @@ class Node:
         self.changing = threading.Lock()
         """Held by who changes the whole image - its size, who owns its clusters, its header - or must find it at rest: drains
         nest, so that two threads may have drained the node.  Taken by `graph.alone`."""
+        self.claim: Claim | None = None
+        """Of the job that may change which images the chain with this node has."""
         self.poisoned: str | None = None
         self.bitmaps: Tracking | None = None
         """Dirty bitmaps: None while there are none that a write could concern."""

@@ -110,6 +110,13 @@ class StreamResult(Record):
     backing: str | None
 
 
+class MirrorResult(Record):
+    """Bytes read and copied, and whether the disk has become the copy."""
+
+    bytes_copied: int
+    pivoted: bool
+
+
 class CompareResult(Record):
     """`reason` is None for identical disks, "content" with the first differing guest `offset`; if strict also "size", or
     "status" with the first guest `offset` that is not stored in the same way."""

@@ -348,6 +348,26 @@ class Tracking:
             with self._lock:
                 bitmap.holders -= 1
 
+    def begin_copy(self, bitmap: DirtyBitmap) -> DirtyBits:
+        """The bits, for a job that copies what they mark; they begin anew, and nobody else may change them.
+
+        The caller has drained the node.
+        """
+        with self._io:
+            bits = self.copy(bitmap)
+            self.change(bitmap, lambda mine: mine.clear())
+            with self._lock:
+                bitmap.holders += 1
+        return bits
+
+    def end_copy(self, bitmap: DirtyBitmap, bits: DirtyBits | None) -> None:
+        """The job has ended; mark `bits`, which it did not copy, again."""
+        with self._io:
+            with self._lock:
+                bitmap.holders -= 1
+            if bits is not None and self.has(bitmap):
+                self.change(bitmap, lambda mine: mine.merge(bits))
+
     def _check_present(self, bitmap: DirtyBitmap) -> None:
         if not self.has(bitmap):
             raise NameNotFoundError(f"the bitmap {bitmap.name!r} was removed", node=self._node.name)

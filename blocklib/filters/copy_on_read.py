@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from blocklib.errors import ReadOnlyError
-from blocklib.filters.passing import PassingFilter
 from blocklib.node import WRITE_UNCHANGED
+from blocklib.passing import PassingFilter
 
 
 class CopyOnReadNode(PassingFilter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from blocklib.filters.passing import PassingFilter
+from blocklib.passing import PassingFilter
 from blocklib.throttling import Member, ThrottleGroup
 
 

@@ -9,6 +9,7 @@ from blocklib.jobs.compare import compare
 from blocklib.jobs.convert import convert
 from blocklib.jobs.job import Job, JobEvent, JobEvents, JobStatus, ProgressCallback
 from blocklib.jobs.measure import measure
+from blocklib.jobs.mirror import mirror
 from blocklib.jobs.rebase import rebase
 from blocklib.jobs.stream import stream
 
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "convert",
     "measure",
+    "mirror",
     "rebase",
     "repair",
     "stream",

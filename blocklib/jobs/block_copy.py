@@ -141,10 +141,7 @@ class BlockCopy:
             self._shown.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):
                 self._add_writes(writes, offset + first, view[first:last])
-        if self._compression is not None:
-            parts = [write.data for write in writes if write.data is not None]
-            packed = iter(self._compression.compressor.compress_piece(piece.index, parts))
-            writes = [write if write.data is None else write._replace(packed=next(packed)) for write in writes]
+        writes = self._packed(writes, piece.index)
         if self._unordered:
             self._write(writes, _later)
         elif self._crew.take_turn(piece):
@@ -156,6 +153,19 @@ class BlockCopy:
             self.bytes_read += piece.copied
             self.bytes_written += sum(write.length for write in writes if write.data is not None)
         self._control.advance(piece.length)
+
+    def _packed(self, writes: list[_Write], index: int) -> list[_Write]:
+        """The same writes, with what the compressor makes of their data, as the piece of this number."""
+        if self._compression is None:
+            return writes
+        parts = [write.data for write in writes if write.data is not None]
+        packed = iter(self._compression.compressor.compress_piece(index, parts))
+        return [write if write.data is None else write._replace(packed=next(packed)) for write in writes]
+
+    @staticmethod
+    def zeroes(offset: int, length: int) -> _Write:
+        """A write of zeroes."""
+        return _Write(offset, length, None)
 
     def _add_writes(self, writes: list[_Write], offset: int, view: memoryview) -> None:
         """Plan the writing of `view`, without its zeroes."""

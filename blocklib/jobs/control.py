@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import ClassVar, Final, Generic, TypeAlias, TypeVar
 
-from blocklib.errors import JobCancelled, UsageError
+from blocklib.errors import BlocklibError, JobCancelled, UsageError
 from blocklib.jobs.states import TRANSITIONS, JobEvent, JobStatus
 from blocklib.reports import Progress
 
@@ -74,6 +74,11 @@ class Control:
         self.error: BaseException | None = None
         self.cancelled = False
         self.pausing = False
+        self.completing = False
+        self.io_error: BlocklibError | None = None
+        """What stopped the job until it is resumed."""
+        self.keeping = False
+        """A job that is ready was cancelled: it keeps what it has made."""
         self.listeners: list[Callable[[JobEvent], bool]] = []
         """Each is told every event, with `changed` held, and says whether it wants more."""
         self._limit = RateLimit(speed)
@@ -143,10 +148,17 @@ class Control:
                 self.clock.wait(self.changed, wait)
 
     def _park(self) -> None:
-        self.become("paused")
+        was_ready = self.status == "ready"
+        self.become("standby" if was_ready else "paused")
         while self.pausing and not self.cancelled:
             self.clock.wait(self.changed, None)
-        self.become("running")
+        self.become("ready" if was_ready else "running")
+
+    def stop(self, error: BlocklibError) -> None:
+        """Pause until the job is resumed, because of `error`; called with `changed` held."""
+        self.io_error = error
+        self.pausing = True
+        self.changed.notify_all()
 
     # -- for the job --------------------------------------------------------------------------------------------------
 

@@ -343,12 +343,12 @@ class NewImage:
         options = check_options(self.driver, self._options, table="create")
         return drivers.load(self.driver).measure_bitmaps({**options, "size": 0}, ()) is not None
 
-    def make(self, size: int) -> Disk:
-        """Create it with `size` bytes and open it for writing."""
+    def make(self, size: int, *, with_backing: bool = True) -> Disk:
+        """Create it with `size` bytes and open it for writing, with its backing file or without."""
         if not self._is_device or self._format not in (None, "raw"):
             self._create(size)
-        backing: Mapping[str, OptionValue] | FromImage = FROM_IMAGE
-        if self.backing is not None:
+        backing: Mapping[str, OptionValue] | FromImage | None = FROM_IMAGE if with_backing else None
+        if with_backing and self.backing is not None:
             full_name = resolve_backing_name(self._filename, self.backing)
             backing = {"driver": self._options["backing_fmt"], "file": {"driver": "file", "filename": full_name}}
         data_file: Mapping[str, OptionValue] | FromImage = FROM_IMAGE

@@ -13,7 +13,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar, overload
 
-from blocklib.errors import ClosedError, JobCancelled, JobStateError, UsageError
+from blocklib.errors import BlocklibError, ClosedError, JobCancelled, JobStateError, UsageError
 from blocklib.jobs.control import CLOCK, Clock, Control, ProgressCallback, Task
 from blocklib.jobs.states import ENDED, VERBS, JobEvent, JobStatus, JobVerb
 from blocklib.reports import Progress
@@ -84,6 +84,12 @@ class Job(Generic[R]):
         self._check_process()
         with self._changed:
             return self._control.snapshot()
+
+    @property
+    def io_error(self) -> BlocklibError | None:
+        """The error that has stopped the job until it is resumed (`on_source_error`, `on_target_error`)."""
+        self._check_process()
+        return self._control.io_error
 
     def events(self) -> JobEvents:
         """What happens from now on, beginning with the present state; ends after the event "concluded".
@@ -173,12 +179,17 @@ class Job(Generic[R]):
     def cancel(self, force: bool = False) -> None:
         """Ask the job to stop at the next safe place; returns at once, and `wait` then raises JobCancelled.
 
-        A job that has ended stays as it is.  `force` matters only for a mirror that is ready.
+        A job that has ended stays as it is.  A mirror that is ready ends well and keeps its target, a copy of that moment,
+        unless `force` is given.
         """
         with self._verb("cancel"):
             if self._control.status in ("aborting", *ENDED):
                 return
-            self._control.cancelled = True
+            if self._control.status in ("ready", "standby") and not force:
+                self._control.keeping = True
+                self._control.pausing = False
+            else:
+                self._control.cancelled = True
             if not self._begun:
                 self._control.become("aborting")
                 self._control.error = JobCancelled(f"the {self._task.verb} job was cancelled before it began")
@@ -202,12 +213,19 @@ class Job(Generic[R]):
             if not self._control.pausing:
                 self._refuse("resume", "not paused")
             self._control.pausing = False
+            self._control.io_error = None
             self._changed.notify_all()
 
     def set_speed(self, bytes_per_second: int) -> None:
         """Limit the speed from now on; 0 lifts the limit.  Raises UsageError below 0."""
         with self._verb("set-speed"):
             self._control.set_speed(bytes_per_second)
+
+    def complete(self) -> None:
+        """Let a job that is ready finish what it is for (a mirror: the disk becomes the copy); returns at once."""
+        with self._verb("complete"):
+            self._control.completing = True
+            self._changed.notify_all()
 
     def finalize(self) -> None:
         """Let a job that was started with ``auto_finalize=False`` and is pending conclude."""

@@ -50,17 +50,30 @@ def stream(
         name = disk.node.filename or disk.node.name
         raise ReadOnlyError(f"{name}: opened for reading; mode 'r+' writes", node=disk.node.name)
     _find_base(disk.node, base)
-    return Job(_Stream(disk, base, backing_file), speed=speed, auto_finalize=auto_finalize, progress=progress)
+    task = _Stream(disk, base, backing_file)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
 
-class _Stream(Record, Task[StreamResult]):
+class _Stream(Record, Task[StreamResult], frozen=False):
     verb: ClassVar[str] = "stream"
 
     disk: Disk
     base: NodeInfo | str | os.PathLike[str] | None
     backing_file: str | None
 
+    def __post_init__(self) -> None:
+        self.claim = graph.Claim(self.verb, graph.chain(self.disk.node))
+
     def run(self, control: Control) -> StreamResult:
+        try:
+            return self._stream(control)
+        finally:
+            self.claim.release()
+
+    def abort(self) -> None:
+        self.claim.release()
+
+    def _stream(self, control: Control) -> StreamResult:
         disk = self.disk
         top = disk.node
         base = _find_base(top, self.base)

@@ -1,4 +1,4 @@
-"""What every filter does: each request goes on to the child, at the same place."""
+"""PassingFilter, what filters are made of: each request goes on to the child, at the same place."""
 
 from __future__ import annotations
 

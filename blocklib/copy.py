@@ -1,0 +1,111 @@
+"""What copying beside a writer stands on: which parts are still to be copied, and which are being copied right now.
+
+The order that makes it right, for every copying job: reserve a range, clear its bits, find out where its data lives, read it,
+write it to the target, release it.  Who writes to the disk meanwhile either marks what it wrote once it is there, so that it
+is copied again, or reserves the range itself and so waits for a copy that is under way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blocklib.dirty_bits import DirtyBits
+
+
+class CopyState:
+    """The state of one copy of a disk of `size` bytes, in pieces of `granularity` bytes (a power of two).
+
+    Safe from any thread.
+    """
+
+    def __init__(self, size: int, granularity: int) -> None:
+        self.size = size
+        self.granularity = granularity
+        self._bits = DirtyBits(size, granularity)
+        self._reserved: list[tuple[int, int]] = []
+        self._changed = threading.Condition(threading.Lock())  # guards both
+
+    # -- what is to be copied -----------------------------------------------------------------------------------------
+
+    def mark(self, offset: int, length: int) -> None:
+        """The range is to be copied, again if it was before."""
+        with self._changed:
+            self._bits.set_range(offset, length)
+            self._changed.notify_all()
+
+    def merge(self, bits: DirtyBits) -> None:
+        """All that is marked there is to be copied."""
+        with self._changed:
+            self._bits.merge(bits)
+            self._changed.notify_all()
+
+    def any(self) -> bool:
+        with self._changed:
+            return self._bits.any()
+
+    def count(self) -> int:
+        """Bytes that are to be copied."""
+        with self._changed:
+            return self._bits.count()
+
+    def sweep(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is to be copied, once from the beginning to the end, as it is when each is asked for."""
+        position = 0
+        while True:
+            with self._changed:
+                found = self._bits.next_dirty(position)
+            if found is None:
+                return
+            yield found
+            position = sum(found)
+
+    def wait_for_marks(self, seconds: float) -> None:
+        """Return once something is to be copied, or after so long."""
+        with self._changed:
+            self._changed.wait_for(self._bits.any, seconds)
+
+    def remaining(self, bits: DirtyBits) -> DirtyBits:
+        """What of `bits` is still to be copied; what lies in a piece with such a part counts."""
+        left = DirtyBits(bits.size, bits.granularity)
+        with self._changed:
+            left.merge(self._bits)
+        mine = DirtyBits(bits.size, bits.granularity)
+        for offset, length in left.ranges():
+            for start, n in bits.ranges(offset):
+                if start >= offset + length:
+                    break
+                mine.set_range(start, min(n, offset + length - start))
+        return mine
+
+    # -- what is being copied -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reserved(self, offset: int, length: int) -> Iterator[None]:
+        """Whole pieces around a range are ours while the block runs; waits while they are somebody else's."""
+        start = offset & -self.granularity
+        mine = start, min(self.size, -(-(offset + length) // self.granularity) * self.granularity)
+        with self._changed:
+            self._changed.wait_for(lambda: not any(mine[0] < end and first < mine[1] for first, end in self._reserved))
+            self._reserved.append(mine)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved.remove(mine)
+                self._changed.notify_all()
+
+    def take(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """What of a range is to be copied, in whole pieces, which are no longer marked.  The caller has reserved them."""
+        end = min(self.size, -(-(offset + length) // self.granularity) * self.granularity)
+        position = offset & -self.granularity
+        taken = []
+        with self._changed:
+            while (found := self._bits.next_dirty(position)) is not None and found[0] < end:
+                stop = min(end, sum(found))
+                taken.append((found[0], stop - found[0]))
+                position = stop
+            for start, n in taken:
+                self._bits.clear_range(start, n)
+        return taken

@@ -1,0 +1,210 @@
+"""Copying a disk that is being written: what a `CopyState` says is to be copied, until nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+
+from blocklib import graph, plan, status
+from blocklib.errors import BlocklibError, StorageError, UsageError
+from blocklib.jobs.block_copy import BlockCopy, Compression, Writer
+from blocklib.jobs.control import Control
+from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run
+from blocklib.node import CONSISTENT_READ
+from blocklib.requests import RequestTracker
+
+if TYPE_CHECKING:
+    from blocklib.copy import CopyState
+    from blocklib.node import Filter, Node
+
+ErrorPolicy: TypeAlias = Literal["report", "ignore", "enospc", "stop"]
+"""What becomes of a job when reading or writing fails: it fails; it tries again; it stops for a full disk, or for anything,
+until it is resumed, and then tries again."""
+
+_RETRY_SECONDS: Final = 0.05
+
+
+def _nothing() -> None:
+    """For whom it does not matter when writes are placed."""
+
+
+class SourceError(Exception):
+    """Wraps what reading the source raised, until it is known what becomes of it.  Never leaves the job."""
+
+    def __init__(self, error: StorageError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def check_policy(name: str, policy: str) -> None:
+    if policy not in get_args(ErrorPolicy):
+        raise UsageError(f"{name} is one of {', '.join(get_args(ErrorPolicy))}, not {policy!r}")
+
+
+class Source:
+    """The image that is copied, as the job's own user of it: an edge beside those of its writers.
+
+    Requests in it are counted, so that a change of the graph waits for them, except on behalf of who is inside one already.
+    """
+
+    def __init__(self, node: Node, name: str) -> None:
+        self.node = node
+        self.tracker = RequestTracker()
+        with graph.Transaction() as change:
+            self.edge = change.attach(
+                None, name, node, wanted=CONSISTENT_READ, shared=graph.ALL, tracker=self.tracker
+            )
+
+    def readinto(self, offset: int, buffer: memoryview, /) -> None:
+        try:
+            plan.read(self.node, offset, buffer)
+        except StorageError as error:
+            raise SourceError(error) from error
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """What the range reads as now: COPY or ZERO."""
+        for extent in status.extents(self.node, offset, length):
+            yield extent.offset, extent.length, ZERO if extent.zero else COPY
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        self.tracker.enter()
+        try:
+            yield
+        finally:
+            self.tracker.leave()
+
+
+class DirtyCopy(BlockCopy):
+    """Copies what `state` marks, in pieces that are reserved while they are copied."""
+
+    def __init__(
+        self,
+        control: Control,
+        state: CopyState,
+        source: Source,
+        target: Writer,
+        *,
+        block: int = 0,
+        zero_known: bool = False,
+        compression: Compression | None = None,
+        counted: bool = True,
+    ) -> None:
+        super().__init__(
+            control, source, target, block=block, zero_known=zero_known, unordered=True, compression=compression
+        )
+        self._state = state
+        self._from = source
+        self._progress = control
+        self._counted = counted
+
+    def sweep(self) -> None:
+        """Copy what is marked, once from the beginning to the end of the disk, with all threads."""
+        self.run((offset, length, COPY) for offset, length in self._state.sweep())
+
+    def _do(self, piece: Piece, buffer: memoryview) -> None:
+        for offset, length, _what, at in piece.runs:
+            with self._from.request():  # before anything is reserved: a drain waits for us, and we for nobody it holds back
+                self.copy_range(offset, length, buffer[at : at + length])
+            if self._counted:
+                self._progress.advance(length)
+
+    def copy_range(self, offset: int, length: int, buffer: memoryview) -> None:
+        """Copy what is marked in a range of whole pieces, by a thread whose request a drain waits for; waits for no drain."""
+        with self._state.reserved(offset, length):
+            taken = self._state.take(offset, length)
+            try:
+                for start, n in taken:
+                    self._copy_taken(start, n, buffer)
+            except BaseException:
+                for start, n in taken:
+                    self._state.mark(start, n)
+                raise
+
+    def copy_around(self, offset: int, length: int) -> None:
+        """The same, for pieces that a range touches, in memory of its own."""
+        try:
+            self._copy_around(offset, length)
+        except SourceError as failure:
+            raise failure.error from None
+
+    def _copy_around(self, offset: int, length: int) -> None:
+        granularity = self._state.granularity
+        start = offset & -granularity
+        end = min(self._state.size, -(-(offset + length) // granularity) * granularity)
+        step = max(PIECE, granularity)
+        buffer = memoryview(bytearray(min(step, end - start)))
+        while start < end:
+            n = min(step - start % step, end - start)
+            self.copy_range(start, n, buffer[:n])
+            start += n
+
+    def finish(self) -> None:
+        """Copy all that is marked, by this thread alone, while nobody else is inside the disk."""
+        for offset, length in self._state.sweep():
+            self.copy_around(offset, length)
+
+    def _copy_taken(self, offset: int, length: int, buffer: memoryview) -> None:
+        writes = []
+        for start, n, what in self._from.runs(offset, length):
+            if what == ZERO:
+                writes.append(self.zeroes(start, n))
+                continue
+            view = buffer[start - offset : start - offset + n]
+            self._read(start, view)
+            self._add_writes(writes, start, view)
+        if self._compression is not None:
+            compress = self._compression.compressor.compress
+            writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
+        self._write(writes, _nothing)
+
+
+@contextmanager
+def placed_above(node: Node, filter: Filter) -> Iterator[None]:
+    """While the block runs, all users of `node` reach it through `filter`.  Enter it with the node drained."""
+    with graph.Transaction() as change:
+        users = tuple(node.parents)
+        change.attach(filter, "file", node)
+        for edge in users:
+            change.redirect(edge, filter)
+    try:
+        yield
+    finally:
+        with graph.alone(node) if filter.parents else nullcontext(), graph.Transaction() as change:
+            for edge in tuple(filter.parents):
+                change.redirect(edge, node)
+
+
+class Errors:
+    """Decides what becomes of a job whose reading or writing failed."""
+
+    def __init__(self, control: Control, on_source: str, on_target: str) -> None:
+        check_policy("on_source_error", on_source)
+        check_policy("on_target_error", on_target)
+        self._control = control
+        self._policies = on_source, on_target
+
+    def attempt(self, work: Callable[[], None]) -> bool:
+        """Whether `work` was done; False if it is to be tried again.  Raises what ends the job."""
+        try:
+            work()
+            return True
+        except SourceError as failure:
+            self._settle(self._policies[0], failure.error)
+        except StorageError as failure:
+            self._settle(self._policies[1], failure)
+        return False
+
+    def _settle(self, policy: str, error: BlocklibError) -> None:
+        import errno
+
+        if policy == "enospc":
+            policy = "stop" if isinstance(error, StorageError) and error.errno == errno.ENOSPC else "report"
+        if policy == "report":
+            raise error
+        with self._control.changed:
+            if policy == "stop":
+                self._control.stop(error)
+            else:
+                self._control.clock.wait(self._control.changed, _RETRY_SECONDS)

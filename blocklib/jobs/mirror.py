@@ -1,0 +1,212 @@
+"""mirror: copy a disk in use to another place, keep the copy equal, and let the disk become the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+
+from blocklib import graph
+from blocklib.copy import CopyState
+from blocklib.disk import Disk
+from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
+from blocklib.jobs.control import Task
+from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
+from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Source, check_policy, placed_above
+from blocklib.jobs.job import Job, started
+from blocklib.jobs.tops import MirrorTop
+from blocklib.records import Record
+from blocklib.reports import MirrorResult
+from blocklib.sizes import KiB, MiB
+
+if TYPE_CHECKING:
+    from blocklib.jobs.control import Control, ProgressCallback
+    from blocklib.options import OptionValue
+    from blocklib.policy import Target
+
+
+_DEFAULT_GRANULARITY: Final = 64 * KiB
+_SMALL_REST: Final = 16 * MiB
+"""What may be left to copy while nobody can write."""
+_IDLE_SECONDS: Final = 0.1
+
+
+@started
+def mirror(
+    disk: Disk,
+    target: Disk | Target,
+    *,
+    format: str | None = None,
+    existing: bool = False,
+    overwrite: bool = False,
+    options: Mapping[str, OptionValue] | None = None,
+    sync: Sync = "full",
+    bitmap: str | None = None,
+    bitmap_mode: BitmapMode | None = None,
+    copy_mode: Literal["background", "write-blocking"] = "background",
+    granularity: int | None = None,
+    unmap: bool = True,
+    on_source_error: ErrorPolicy = "report",
+    on_target_error: ErrorPolicy = "report",
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Job[MirrorResult]:
+    """Copy `disk`, which may be written meanwhile, to `target`, and keep both equal once the job is ready.
+
+    `complete` of a job that is ready makes the disk continue on the copy: the Disk object stays, its images are others.
+    `cancel` of one that is ready, without `force`, ends it with a target that is the disk of that moment.
+
+    - `target`: a path where an image of `format` is made with creation `options` (ImageExistsError if there is one, unless
+      `overwrite`); with `existing`, what is there, as large as the disk or larger; a URL; options; or an open Disk.
+    - `sync`: "full" copies the whole chain into one image; "top" what the top image holds, over the same backing file;
+      "none" only what is written from now on; "incremental" and "bitmap" what the bitmap of the top image marks, which
+      afterwards is as `bitmap_mode` says: "on-success" (always so for incremental) begins anew if the job succeeds, "never"
+      is as before, "always" begins anew for what was copied even if the job fails.
+    - `copy_mode`: "background" copies what is written afterwards; "write-blocking" before the write returns, so that the job
+      becomes ready under any writer.
+    - `granularity`: bytes that are copied again when one of them is written, a power of two.  `unmap`: give back zeroes.
+    - `on_source_error`, `on_target_error`: see `ErrorPolicy`.
+
+    Raises UsageError, OptionError, GraphConflictError (another job changes this chain), OutOfRangeError (the target is too
+    small), and what opening and making the target raise.
+    """
+    check_policy("on_source_error", on_source_error)
+    check_policy("on_target_error", on_target_error)
+    if copy_mode not in ("background", "write-blocking"):
+        raise UsageError(f"copy_mode is 'background' or 'write-blocking', not {copy_mode!r}")
+    if sync not in get_args(Sync):
+        raise UsageError(f"sync is one of {', '.join(get_args(Sync))}, not {sync!r}")
+    if granularity is not None and (granularity & (granularity - 1) or not 512 <= granularity <= 64 * MiB):
+        raise UsageError(f"a granularity is a power of two from 512 bytes to 64 MiB, not {granularity}")
+    marks = Marks(disk, sync, bitmap, bitmap_mode)
+    end = CopyTarget(disk, target, sync, format, options or {}, existing=existing, overwrite=overwrite)
+    task = _Mirror(
+        disk,
+        end,
+        marks,
+        copy_mode == "write-blocking",
+        granularity or _DEFAULT_GRANULARITY,
+        unmap,
+        (on_source_error, on_target_error),
+    )
+    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+
+
+class _Mirror(Record, Task[MirrorResult], frozen=False):
+    verb: ClassVar[str] = "mirror"
+
+    disk: Disk
+    end: CopyTarget
+    marks: Marks
+    blocking: bool
+    granularity: int
+    unmap: bool
+    policies: tuple[ErrorPolicy, ErrorPolicy]
+
+    def __post_init__(self) -> None:
+        self._top = self.disk.node
+        self.claim = graph.Claim(self.verb, graph.chain(self._top))
+        self._failures: list[BlocklibError] = []
+
+    def run(self, control: Control) -> MirrorResult:
+        top = self._top
+        try:
+            control.check_cancelled()
+            target = self.end.open(top.size)
+            try:
+                return self._mirror(control, target)
+            finally:
+                self.end.close()
+        finally:
+            self.claim.release()
+
+    def abort(self) -> None:
+        self.claim.release()
+        self.end.remove()
+
+    def _mirror(self, control: Control, target: Disk) -> MirrorResult:
+        top = self._top
+        if target.size < top.size:
+            raise OutOfRangeError(f"the target has {target.size} bytes, the disk {top.size}")
+        # A cluster of a target over a backing file, which is not open, is copied as a whole or not at all.
+        unit = (target.node.cluster_size() or 1) if self.end.has_backing else 1
+        state = CopyState(top.size, max(self.granularity, unit))
+        source = Source(top, "mirror")
+        around = DirtyCopy(control, state, source, target)
+        filter = MirrorTop(
+            top.filename,
+            state,
+            read_only=top.read_only,
+            target=target if self.blocking and not self.end.has_backing else None,
+            copy=around.copy_around if self.blocking and self.end.has_backing else None,
+            failed=self._failures.append,
+        )
+        try:
+            with graph.alone(top):
+                placed = placed_above(top, filter)
+                placed.__enter__()
+                self.marks.begin(state)
+            try:
+                copied = self._copy(control, state, source, target, filter)
+            finally:
+                placed.__exit__(None, None, None)
+        except BaseException:
+            self.marks.end(state, succeeded=False)
+            raise
+        finally:
+            with graph.Transaction() as change:
+                change.detach(source.edge)
+        self.marks.end(state, succeeded=True)
+        return copied
+
+    def _copy(
+        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop
+    ) -> MirrorResult:
+        errors = Errors(control, *self.policies)
+        self.marks.mark(state)
+        # A writer of ours may have put something there already.
+        zero_known = self.end.is_zero and not self.blocking
+        done = 0
+        while True:
+            left = state.count()
+            with control.changed:
+                ready = control.status == "ready"
+                if not left and not ready:
+                    control.become("ready")
+                    ready = True
+                ending = ready and (control.completing or control.keeping)
+            if ending and left <= _SMALL_REST:
+                break
+            control.set_total(done + left)
+            if left:
+                block = self.granularity if zero_known else 0
+                copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known)
+                errors.attempt(copy.sweep)
+                done += copy.bytes_read
+                zero_known = False  # what is copied again may have been something else before
+            else:
+                control.pause_point()
+                state.wait_for_marks(_IDLE_SECONDS)
+            self._raise_failures(errors)
+        return self._finish(control, state, source, target, filter, done)
+
+    def _raise_failures(self, errors: Errors) -> None:
+        while self._failures:
+            failure = self._failures.pop()
+
+            def fail(failure: BlocklibError = failure) -> None:
+                raise failure
+
+            errors.attempt(fail)
+
+    def _finish(
+        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop, done: int
+    ) -> MirrorResult:
+        """Copy the rest while nobody writes, and end in the same moment."""
+        pivots = control.completing
+        with graph.alone(self._top):
+            DirtyCopy(control, state, source, target).finish()
+            target.flush()
+            if pivots:
+                self.end.become(filter, self.disk)
+        return MirrorResult(bytes_copied=done, pivoted=pivots)

@@ -1,0 +1,217 @@
+"""mirror of disks in use: the copy is the disk, the disk becomes the copy, and QEMU agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+import blocklib
+from blocklib import GraphConflictError, MiB, OutOfRangeError, ReadOnlyError, UsageError, jobs
+from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
+
+pytestmark = pytest.mark.requires("qemu-img")
+
+SIZE = 16 * MiB
+CopyMode = Literal["background", "write-blocking"]
+MODES = pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
+
+
+def _open(path: Path) -> blocklib.Disk:
+    return blocklib.open(path, "r+", format="qcow2", references="allow", discard="unmap")
+
+
+@MODES
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+def test_the_disk_becomes_the_copy_under_writers(tmp_path: Path, copy_mode: CopyMode, format: str) -> None:
+    paths, model = make_chain(tmp_path, 2, SIZE)
+    target = tmp_path / "copy.img"
+    with _open(paths[-1]) as disk:
+        with writing(disk, model) as writers:
+            job = jobs.mirror(disk, target, format=format, copy_mode=copy_mode)
+            job.wait(timeout=120, until="ready")
+            assert job.status == "ready"
+            writers.wait_for(50)
+            job.complete()
+            assert job.wait(timeout=120).pivoted
+            writers.wait_for(50)
+        assert [Path(str(image.filename)).name for image in disk.chain()] == ["copy.img"]
+        assert disk.read(0, SIZE) == model
+        before = disk.read(0, SIZE)
+        disk.write(12345, b"after")
+        model[12345:12350] = b"after"
+    assert before != model
+    if format == "qcow2":
+        assert qemu_chain(target) == ["copy.img"]
+        assert qemu_content(target, tmp_path) == model
+        assert is_clean(target)
+    else:
+        assert target.read_bytes() == model
+    assert all(is_clean(path) for path in paths)
+    assert qemu_content(paths[-1], tmp_path) != model  # nobody writes to the old images any more
+
+
+@MODES
+def test_a_cancelled_mirror_leaves_a_copy_of_that_moment(tmp_path: Path, copy_mode: CopyMode) -> None:
+    paths, model = make_chain(tmp_path, 2, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk:
+        with writing(disk, model):
+            job = jobs.mirror(disk, target, format="qcow2", copy_mode=copy_mode)
+            job.wait(timeout=120, until="ready")
+        moment = bytes(model)
+        job.cancel()
+        assert not job.wait(timeout=60).pivoted
+        disk.write(0, b"later")
+        assert [Path(str(image.filename)).name for image in disk.chain()] == ["1.qcow2", "0.qcow2"]
+    assert qemu_content(target, tmp_path) == moment
+    assert is_clean(target)
+    assert is_clean(paths[-1])
+
+
+@MODES
+def test_a_mirror_of_the_top_image_keeps_the_backing_file(tmp_path: Path, copy_mode: CopyMode) -> None:
+    paths, model = make_chain(tmp_path, 3, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk:
+        with writing(disk, model):
+            job = jobs.mirror(disk, target, format="qcow2", sync="top", copy_mode=copy_mode)
+            job.wait(timeout=120, until="ready")
+            job.complete()
+            job.wait(timeout=120)
+        assert [Path(str(image.filename)).name for image in disk.chain()] == ["copy.qcow2", "1.qcow2", "0.qcow2"]
+        assert disk.read(0, SIZE) == model
+    assert qemu_chain(target) == ["copy.qcow2", "1.qcow2", "0.qcow2"]
+    assert qemu_content(target, tmp_path) == model
+    assert is_clean(target)
+
+
+def test_a_mirror_of_nothing_but_new_writes_lies_over_the_disk(tmp_path: Path) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk:
+        job = jobs.mirror(disk, target, format="qcow2", sync="none")
+        job.wait(timeout=60, until="ready")
+        with writing(disk, model) as writers:
+            writers.wait_for(50)
+        job.complete()
+        job.wait(timeout=60)
+        assert disk.read(0, SIZE) == model
+        disk.write(0, b"new")
+        model[0:3] = b"new"
+    assert qemu_chain(target) == ["copy.qcow2", "0.qcow2"]
+    assert qemu_content(target, tmp_path) == model
+    assert is_clean(paths[0])
+
+
+def test_a_mirror_into_what_is_there_already_replaces_its_content(tmp_path: Path) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    blocklib.create(target, SIZE, format="qcow2")
+    with blocklib.open(target, "r+", format="qcow2") as other:
+        other.write(0, b"\xee" * SIZE)
+    with _open(paths[-1]) as disk, writing(disk, model):
+        job = jobs.mirror(disk, target, format="qcow2", existing=True)
+        job.wait(timeout=120, until="ready")
+        job.complete()
+        job.wait(timeout=120)
+    assert qemu_content(target, tmp_path) == model
+
+
+def test_a_disk_that_the_caller_has_opened_can_be_the_target(tmp_path: Path) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    blocklib.create(target, SIZE, format="qcow2")
+    with _open(paths[-1]) as disk, _open(target) as other:
+        with writing(disk, model):
+            with jobs.mirror(disk, other) as job:
+                job.wait(timeout=120, until="ready")
+                job.complete()
+                job.wait(timeout=120)
+        assert other.read(0, SIZE) == model
+        assert disk.read(0, SIZE) == model
+    assert qemu_content(target, tmp_path) == model
+
+
+@pytest.mark.parametrize("mode", ["on-success", "never", "always"])
+def test_a_mirror_of_what_a_bitmap_marks_brings_an_older_copy_up_to_date(tmp_path: Path, mode: Any) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    blocklib.convert(paths[0], target, format="qcow2")
+    with _open(paths[-1]) as disk:
+        bitmap = disk.bitmaps.add("changes", persistent=True)
+        disk.write(5 * MiB, b"changed")
+        model[5 * MiB : 5 * MiB + 7] = b"changed"
+        marked = bitmap.count
+        job = jobs.mirror(disk, target, format="qcow2", existing=True, sync="bitmap", bitmap="changes", bitmap_mode=mode)
+        job.wait(timeout=60, until="ready")
+        assert bitmap.busy
+        with pytest.raises(GraphConflictError):
+            bitmap.clear()
+        job.cancel()
+        job.wait(timeout=60)
+        assert bitmap.count == (marked if mode == "never" else 0)
+        assert not bitmap.busy
+    assert qemu_content(target, tmp_path) == model
+
+
+def test_a_mirror_that_was_cancelled_early_removes_its_target_and_keeps_the_bitmap(tmp_path: Path) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk:
+        bitmap = disk.bitmaps.add("changes")
+        disk.write(0, b"x" * MiB)
+        model[0:MiB] = b"x" * MiB
+        with writing(disk, model):
+            job = jobs.mirror(disk, target, format="qcow2", sync="incremental", bitmap="changes", speed=1)
+            job.cancel()
+            with pytest.raises(blocklib.JobCancelled):
+                job.wait(timeout=60)
+        assert bitmap.count >= MiB
+        assert not target.exists()
+        assert disk.read(0, SIZE) == model
+        assert len(disk.node.parents) == 1
+
+
+def test_a_second_job_on_the_same_chain_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 2, SIZE)
+    with _open(paths[-1]) as disk:
+        with jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2", speed=1):
+            with pytest.raises(GraphConflictError, match="mirror") as caught:
+                jobs.stream(disk)
+            assert caught.value.other == "mirror"
+            with pytest.raises(GraphConflictError):
+                jobs.mirror(disk, tmp_path / "b.qcow2", format="qcow2")
+        jobs.stream(disk).wait(timeout=60)
+    assert not (tmp_path / "b.qcow2").exists()
+
+
+def test_a_disk_keeps_its_size_while_it_is_mirrored(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 1, SIZE)
+    with _open(paths[-1]) as disk:
+        with jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2") as job:
+            job.wait(timeout=60, until="ready")
+            with pytest.raises(GraphConflictError, match="size"):
+                disk.truncate(2 * SIZE)
+        disk.truncate(2 * SIZE)
+
+
+def test_targets_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 1, SIZE)
+    small = tmp_path / "small.qcow2"
+    blocklib.create(small, SIZE // 2, format="qcow2")
+    with _open(paths[-1]) as disk:
+        with pytest.raises(GraphConflictError, match="onto itself"):
+            jobs.mirror(disk, paths[-1], format="qcow2", overwrite=True)
+        with pytest.raises(OutOfRangeError):
+            jobs.mirror(disk, small, format="qcow2", existing=True).wait(timeout=60)
+        with pytest.raises(blocklib.ImageExistsError):
+            jobs.mirror(disk, small, format="qcow2").wait(timeout=60)
+        with pytest.raises(UsageError):
+            jobs.mirror(disk, small, sync="incremental", existing=True)
+        with blocklib.open(small, format="qcow2") as other, pytest.raises(ReadOnlyError):
+            jobs.mirror(disk, other)
+        assert len(disk.node.parents) == 1
+        assert disk.node.claim is None
+    assert small.exists()
