@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_GRANULARITY: Final = 64 * KiB
 _SMALL_REST: Final = 16 * MiB
-"""What may be left to copy while nobody can write."""
+"""What may be left to copy while nobody can write: with no more than that, a job is ready."""
 _IDLE_SECONDS: Final = 0.1
 
 
@@ -167,11 +167,12 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         # A writer of ours may have put something there already.
         zero_known = self.end.is_zero and not self.blocking
         done = 0
+        swept = False
         while True:
             left = state.count()
             with control.changed:
                 ready = control.status == "ready"
-                if not left and not ready:
+                if not ready and left <= (_SMALL_REST if swept else 0):
                     control.become("ready")
                     ready = True
                 ending = ready and (control.completing or control.keeping)
@@ -181,7 +182,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             if left:
                 block = self.granularity if zero_known else 0
                 copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known)
-                errors.attempt(copy.sweep)
+                swept = errors.attempt(copy.sweep) or swept
                 done += copy.bytes_read
                 zero_known = False  # what is copied again may have been something else before
             else:

@@ -41,7 +41,7 @@ def test_the_disk_becomes_the_copy_under_writers(tmp_path: Path, copy_mode: Copy
         before = disk.read(0, SIZE)
         disk.write(12345, b"after")
         model[12345:12350] = b"after"
-    assert before != model
+    assert before[12345:12350] != b"after"
     if format == "qcow2":
         assert qemu_chain(target) == ["copy.img"]
         assert qemu_content(target, tmp_path) == model
