@@ -5,7 +5,16 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+from blocklib.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
+AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
+"""What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
 
 PIECE: Final = 1 << 20
 """Bytes of one aligned buffer, and so the largest single direct transfer that needs copying."""
@@ -79,3 +88,22 @@ def _anonymous_map() -> mmap.mmap:
 
 
 aligned_pool: Final = AlignedPool()
+
+
+def bytes_view(buffer: AnyBuffer) -> memoryview:
+    """The bytes of a contiguous buffer, whatever its items are.  Raises UsageError."""
+    view = memoryview(cast("Buffer", buffer))
+    if view.format == "B" and view.ndim == 1 and view.contiguous:
+        return view
+    if not view.c_contiguous:
+        raise UsageError("a buffer must be contiguous")
+    if not view.nbytes:
+        return memoryview(bytearray())
+    try:
+        return view.cast("B")
+    except ValueError:  # its items have a format that memoryview does not know: numpy's other byte order, records
+        if view.readonly:
+            return memoryview(view.tobytes())
+        import ctypes
+
+        return memoryview((ctypes.c_char * view.nbytes).from_buffer(view)).cast("B")

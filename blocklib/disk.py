@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from blocklib import graph, plan, status
+from blocklib.buffers import AnyBuffer, bytes_view
 from blocklib.errors import BatchError, BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Preallocation
 from blocklib.policy import References, resolve_backing_name
@@ -37,13 +38,10 @@ if TYPE_CHECKING:
     from blocklib.node import Node
     from blocklib.snapshots import Snapshots
 
-AnyBuffer: TypeAlias = "Buffer | NDArray[Any]"
-"""What has bytes to give or to fill; before Python 3.12 type checkers do not know that an array is one."""
-
-_T = TypeVar("_T")
 Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
 """Guest offsets, in bytes; an array or buffer of 64-bit integers is used as it is."""
 
+_T = TypeVar("_T")
 _B = TypeVar("_B", bound=AnyBuffer)
 
 _COMPRESS_AT_ONCE = 2 << 20
@@ -165,7 +163,7 @@ class Disk:
     def readinto(self, offset: int, buffer: AnyBuffer) -> None:
         """Fill the whole writable `buffer` from guest `offset`."""
         offset = index(offset)
-        view = _bytes_view(buffer)
+        view = bytes_view(buffer)
         if view.readonly:
             raise UsageError("readinto needs a writable buffer")
         tracker = self._tracker
@@ -194,7 +192,7 @@ class Disk:
             import numpy as np
 
             out = np.empty((pointer.length, max(length, 0)), np.uint8)
-        view = _bytes_view(out)
+        view = bytes_view(out)
         if view.readonly:
             raise UsageError("read_batch needs a writable buffer")
         if length < 0 or len(view) != pointer.length * length:
@@ -221,7 +219,7 @@ class Disk:
         from blocklib import batch
 
         pointer = _offsets(offsets)
-        view = _bytes_view(data)
+        view = bytes_view(data)
         if len(view) % max(pointer.length, 1):
             raise UsageError(f"{len(view)} bytes cannot be divided among {pointer.length} requests")
         length = len(view) // max(pointer.length, 1)
@@ -246,7 +244,7 @@ class Disk:
         Raises ReadOnlyError, OutOfRangeError.
         """
         offset = index(offset)
-        view = _bytes_view(data)
+        view = bytes_view(data)
         tracker = self._tracker
         tracker.enter()
         try:
@@ -286,7 +284,7 @@ class Disk:
         of many MiB, what lies well before it is written then.
         """
         offset = index(offset)
-        view = _bytes_view(data)
+        view = bytes_view(data)
         node = self._checked_for_write(offset, len(view))
         compressor = node.compressor(level)
         if offset % compressor.unit or (len(view) % compressor.unit and offset + len(view) != node.size):
@@ -582,24 +580,6 @@ class Disk:
             if below.name == base.name:
                 return node, offset, length, below
         raise UsageError(f"{base.filename or base.name} is not in the chain of this disk")
-
-
-def _bytes_view(buffer: AnyBuffer) -> memoryview:
-    view = memoryview(cast("Buffer", buffer))
-    if view.format == "B" and view.ndim == 1 and view.contiguous:
-        return view
-    if not view.c_contiguous:
-        raise UsageError("a buffer must be contiguous")
-    if not view.nbytes:
-        return memoryview(bytearray())
-    try:
-        return view.cast("B")
-    except ValueError:  # its items have a format that memoryview does not know: numpy's other byte order, records
-        if view.readonly:
-            return memoryview(view.tobytes())
-        import ctypes
-
-        return memoryview((ctypes.c_char * view.nbytes).from_buffer(view)).cast("B")
 
 
 def _offsets(offsets: Offsets) -> Pointer:
