@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from blocklib.cli.common import (
 )
 from blocklib.cli.getopt import Given, Option, Syntax
 from blocklib.cli.session import Failure, Session
+from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
@@ -55,6 +58,8 @@ _DEPTH = 64
 _LENGTH = 4096
 _MAX = (1 << 31) - 1
 """The largest count, depth, size or step: QEMU's."""
+_MOST_BYTES = 64 << 20
+"""Bytes of the requests that are sent at a time, if one is not longer."""
 _AIO = ("threads", "native", "io_uring")
 
 
@@ -91,12 +96,12 @@ def run(session: Session, given: Given) -> int:
         )
         if interval:
             print(f"Sending flush every {interval} requests")
-        send = _writer(disk, length, pattern) if writing else _reader(disk, length)
+        at_once = min(depth, count, max(1, _MOST_BYTES // max(length, 1)))
+        send = _writer(disk, length, at_once, pattern) if writing else _reader(disk, length, at_once)
         began = time.perf_counter()
-        for first, number, flush in batches(count, depth, interval, drain=not given.has("--no-drain")):
+        for first, number, flush in batches(count, at_once, interval, drain=not given.has("--no-drain")):
             session.check()
-            for place in places(disk.size, offset, step, first, number):
-                send(place)
+            send(places(disk.size, offset, step, first, number))
             if flush:
                 disk.flush()
         print(f"Run completed in {time.perf_counter() - began:3.3f} seconds.")
@@ -141,21 +146,36 @@ def batches(count: int, depth: int, interval: int, *, drain: bool) -> Iterator[t
         first += number
 
 
-def places(size: int, offset: int, step: int, first: int, number: int) -> Iterator[int]:
+def places(size: int, offset: int, step: int, first: int, number: int) -> array[int]:
     """The guest offsets of `number` requests from the one with the index `first` on.
 
     Only the very first may begin past the end, and fails; the others go round.
     """
-    for index in range(first, first + number):
-        place = offset + index * step
-        yield place % size if index and size else place
+    start = offset + first * step
+    round_at = size or MAX_SIZE
+    straight = range(start, start + number * step, step) if step else [start] * number
+    found = array("q", [place % round_at for place in straight])
+    if first == 0:
+        found[0] = offset
+    return found
 
 
-def _reader(disk: Disk, length: int) -> Callable[[int], None]:
-    buffer = memoryview(bytearray(length))
-    return lambda place: disk.readinto(place, buffer)
+def _reader(disk: Disk, length: int, at_once: int) -> Callable[[array[int]], object]:
+    buffer = _buffer(length * at_once)
+    if at_once == 1:
+        return lambda offsets: disk.readinto(offsets[0], buffer)
+    return lambda offsets: disk.read_batch(offsets, length, buffer[: length * len(offsets)])
 
 
-def _writer(disk: Disk, length: int, pattern: int) -> Callable[[int], None]:
-    data = bytes([pattern]) * length
-    return lambda place: disk.write(place, data)
+def _writer(disk: Disk, length: int, at_once: int, pattern: int) -> Callable[[array[int]], object]:
+    data = _buffer(length * at_once)
+    if pattern:
+        data[:] = bytes([pattern]) * len(data)
+    if at_once == 1:
+        return lambda offsets: disk.write(offsets[0], data)
+    return lambda offsets: disk.write_batch(offsets, data[: length * len(offsets)])
+
+
+def _buffer(length: int) -> memoryview:
+    """Zeroes at the start of a page: what direct I/O wants."""
+    return memoryview(mmap.mmap(-1, max(length, 1)))[:length]

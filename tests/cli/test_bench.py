@@ -122,6 +122,6 @@ def test_a_flush_is_due_whenever_its_multiple_of_requests_is_left() -> None:
 
 
 def test_requests_go_round_at_the_end_and_only_the_first_may_lie_behind_it() -> None:
-    assert list(places(10_240, 0, 3072, 0, 6)) == [0, 3072, 6144, 9216, 2048, 5120]
-    assert list(places(10_240, 20_480, 512, 0, 3)) == [20_480, 512, 1024]
-    assert list(places(0, 0, 512, 0, 2)) == [0, 512]
+    assert places(10_240, 0, 3072, 0, 6).tolist() == [0, 3072, 6144, 9216, 2048, 5120]
+    assert places(10_240, 20_480, 512, 0, 3).tolist() == [20_480, 512, 1024]
+    assert places(0, 0, 512, 0, 2).tolist() == [0, 512]
