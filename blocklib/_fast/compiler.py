@@ -1,8 +1,9 @@
 """From the source of a kernel to something that can be called: numba compiles it once, LLVM links it in every process.
 
 Loading numba and letting it restore a function of its own cache costs a third of a second, more than most commands take.  So
-what is kept is the object code that it made, which llvmlite alone brings into a process in a seventh of that time; ctypes
-calls it and releases the interpreter's lock.  See docs/decisions/0006-kernels-as-object-code.md.
+what is kept is the object code that it made, which `elf` brings into a process in less than a millisecond, and llvmlite, where
+that cannot, in a seventh of that time; ctypes calls it and releases the interpreter's lock.  See
+docs/decisions/0006-kernels-as-object-code.md.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import ctypes
 import zlib
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, Final, NamedTuple
+
+from blocklib._fast import elf
 
 CTYPES: Final = {
     "i32": ctypes.c_int32,
@@ -56,7 +59,7 @@ class _Linker:
         machine = llvm.Target.from_default_triple().create_target_machine()
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         features = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-        self.facts = f"{llvm.__name__} {_version(llvm)} {features}"
+        self.facts = f"{llvm_version()} {features}"
 
     def link(self, codes: Mapping[str, bytes]) -> None:
         for code in codes.values():
@@ -70,17 +73,19 @@ class _Linker:
         return address
 
 
-def _version(llvm: ModuleType) -> str:
+def llvm_version() -> str:
+    """Which LLVM compiles here.  Raises ImportError where none does; loads nothing of it."""
     import llvmlite
 
-    return f"{llvmlite.__version__} {'.'.join(map(str, llvm.llvm_version_info))}"
+    return f"llvmlite {llvmlite.__version__}"
 
 
 _linker: _Linker | None = None
 
 
-def linker_started() -> bool:
-    return _linker is not None
+def needs_llvm() -> bool:
+    """Whether bringing object code into the process would load LLVM first."""
+    return _linker is None and elf.processor() is None
 
 
 def linker() -> _Linker:
@@ -93,7 +98,8 @@ def linker() -> _Linker:
 
 def store_name(family: str, source: bytes) -> str:
     """The name of a family's object code: it changes with the source, with LLVM and with the processor."""
-    facts = linker().facts.encode()
+    own = elf.processor()
+    facts = (linker().facts if own is None else f"{llvm_version()} {own}").encode()
     return f"{family}-{zlib.crc32(source):08x}{len(source):x}-{zlib.crc32(facts):08x}{len(facts):x}.kernels"
 
 
@@ -108,8 +114,20 @@ def link(codes: Mapping[str, bytes], sources: Mapping[str, Source]) -> dict[str,
         symbols[name] = rest
     if symbols.keys() != sources.keys():
         raise LookupError("other kernels than expected")
+    addresses = _addresses(codes)
+    return {name: _callable(addresses[symbols[name]], source) for name, source in sources.items()}
+
+
+def _addresses(codes: Mapping[str, bytes]) -> dict[str, int]:
+    """Bring object code into the process; the addresses of the symbols of `codes`."""
+    if elf.processor() is not None:
+        try:
+            return elf.load(codes.values())
+        except (elf.UnsupportedError, OSError):
+            pass  # LLVM can do more
     linker().link(codes)
-    return {name: _callable(linker().address(symbols[name]), source) for name, source in sources.items()}
+    names = [symbol.partition(" ")[2] for symbol in codes]
+    return {name: linker().address(name) for name in names}
 
 
 def _callable(address: int, source: Source) -> Callable[..., int]:

@@ -17,9 +17,9 @@ from types import FunctionType
 from typing import Any, Final, TypeVar
 
 _START_LINKER_NS: Final = 45_000_000
-"""What it costs to bring LLVM into a process that has not used a kernel yet (measured: 38 to 50 ms)."""
+"""What it costs to bring LLVM, where it is needed, into a process that has not used a kernel yet (measured: 38 to 50 ms)."""
 _LINK_NS: Final = 1_500_000
-"""And a family's object code into one that has."""
+"""And a family's object code."""
 _COMPILE_NS: Final = 3_000_000_000
 """And to compile a family that was never used on this machine, if that cannot be kept."""
 _INVEST_NS: Final = 300_000_000
@@ -143,7 +143,7 @@ class Family:
         from blocklib._fast import compiler
         from blocklib._fast.store import Store
 
-        if not compiler.linker_started() and self._passed_up < _START_LINKER_NS:
+        if compiler.needs_llvm() and self._passed_up < _START_LINKER_NS:
             return _START_LINKER_NS
         try:
             if self._stored():

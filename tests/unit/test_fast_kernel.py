@@ -161,7 +161,9 @@ def test_every_family_is_compiled_ahead_and_then_loads_without_numba() -> None:
     code = (
         "import sys; from importlib import import_module\n"
         f"for name in {FAMILIES!r}: assert import_module('blocklib._fast.' + name).family.load()\n"
-        "assert 'numba' not in sys.modules and 'numpy' not in sys.modules"
+        "assert 'numba' not in sys.modules and 'numpy' not in sys.modules\n"
+        "from blocklib._fast import elf\n"
+        "assert elf.processor() is None or 'llvmlite.binding' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
