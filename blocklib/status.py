@@ -214,7 +214,7 @@ def _table(top: Node, offset: int, length: int, base: Node | None) -> Rows:
     """The same rows, of as much of the range as there is room for."""
     node = skip_filters(top)
     below = backing_below(node)
-    rows = kernels.labelled(_runs(node, offset, length), 0, 0 if below is None else below.size)
+    rows = kernels.labelled(_runs(node, offset, length), 0, _zero_from(node, below))
     depth = 0
     while below is not None and below is not base:
         start, end = kernels.undetermined(rows)
@@ -222,11 +222,18 @@ def _table(top: Node, offset: int, length: int, base: Node | None) -> Rows:
             break
         node, below = below, backing_below(below)
         depth += 1
-        lower = kernels.labelled(_runs(node, start, end - start), depth, 0 if below is None else below.size)
+        lower = kernels.labelled(_runs(node, start, end - start), depth, _zero_from(node, below))
         if lower.end < end:
             rows.clip(offset, lower.end)
         rows = kernels.merged(rows, lower)
     return rows
+
+
+def _zero_from(node: Node, below: Node | None) -> int:
+    """The guest offset from which on what an image does not determine reads as zero: where what is below it ends."""
+    if below is not None:
+        return below.size
+    return 0 if node.supports_backing else node.size  # what cannot have anything below it has said all there is to say
 
 
 def _runs(node: Node, offset: int, length: int) -> Rows:

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -39,6 +40,10 @@ _BUSY: Final = 2
 _CONNECT_TIMEOUT: Final = 30.0
 """Seconds for connecting and negotiating, when nothing else was said."""
 _RETRY_PAUSE: Final = 0.25
+_GROUP: Final = 64
+"""Requests of a transfer that are sent together; waking up for each would cost more than the request."""
+_GROUPS: Final = 2
+"""Groups of a transfer on their way at a time."""
 _MAX_EFFECT: Final = 1 << 30
 """Bytes that one request without payload is for: a server must not be busy with it for ever."""
 _MAX_UNFLUSHED: Final = 64 << 20
@@ -74,10 +79,13 @@ class _Unflushed:
         self._last = 0
         self.n_bytes = 0
 
-    def add(self, command: int, offset: int, length: int, flags: int, data: Sequence[Data]) -> None:
+    def add(self, pending: Pending, data: Sequence[Data]) -> None:
         self._last = next(self._numbers)
-        self._changes.append(_Written(self._last, command, offset, length, flags, b"".join(data)))
-        self.n_bytes += length if data else 64
+        flags = pending.flags & ~wire.NBD_CMD_FLAG_PAYLOAD_LEN  # which the next connection may not know
+        self._changes.append(
+            _Written(self._last, pending.command, pending.offset, pending.length, flags, b"".join(data))
+        )
+        self.n_bytes += pending.length if data else 64
 
     @property
     def mark(self) -> int:
@@ -193,7 +201,7 @@ class Client:
     def read(self, offset: int, view: memoryview) -> None:
         """Fill `view`.  Raises StorageError with the server's error, RemoteProtocolError."""
         length = len(view)
-        most = self._max_transfer
+        most = self.max_transfer
         if length <= most:
             self._call(wire.NBD_CMD_READ, offset, length, into=view)
             return
@@ -204,15 +212,81 @@ class Client:
     def write(self, offset: int, parts: Sequence[Data], *, fua: bool = False) -> None:
         """Write `parts`, one after the other.  Raises as `read`."""
         length = sum(len(part) for part in parts)
-        if length <= self._max_transfer:
+        if length <= self.max_transfer:
             self._change(wire.NBD_CMD_WRITE, offset, length, wire.NBD_CMD_FLAG_FUA if fua else 0, parts)
             return
         for part in parts:
             view = memoryview(part)
-            for start in range(0, len(view), self._max_transfer):
-                piece = view[start : start + self._max_transfer]
+            for start in range(0, len(view), self.max_transfer):
+                piece = view[start : start + self.max_transfer]
                 self._change(wire.NBD_CMD_WRITE, offset, len(piece), wire.NBD_CMD_FLAG_FUA if fua else 0, (piece,))
                 offset += len(piece)
+
+    def transfer(self, ranges: Sequence[tuple[int, memoryview]], *, writing: bool) -> list[StorageError | None]:
+        """Read or write many ranges, each no longer than a request may be, with many requests on their way at a time.
+
+        Gives the error of each, or None.  Raises RemoteProtocolError; no buffer is touched any more when this returns or
+        raises.
+        """
+        results: list[StorageError | None] = [None] * len(ranges)
+        again: list[int] = []
+        command = wire.NBD_CMD_WRITE if writing else wire.NBD_CMD_READ
+        on_their_way: deque[tuple[Connection, range, list[Pending]]] = deque()
+        groups = iter(range(first, min(first + _GROUP, len(ranges))) for first in range(0, len(ranges), _GROUP))
+        try:
+            for group in groups:
+                connection = self._connection()
+                try:
+                    pendings = connection.start_many(command, ranges[group.start : group.stop])
+                    on_their_way.append((connection, group, pendings))
+                except ConnectionLost:
+                    again += group
+                if len(on_their_way) == _GROUPS:
+                    self._gather(*on_their_way.popleft(), ranges, results, again)
+            while on_their_way:
+                self._gather(*on_their_way.popleft(), ranges, results, again)
+        except BaseException as exc:
+            for connection, _group, pendings in on_their_way:
+                connection.give_up(pendings, exc)
+            if isinstance(exc, RemoteProtocolError):
+                self._distrust(exc)
+            raise
+        for index in again:  # by the way that knows what to do about a lost connection
+            offset, view = ranges[index]
+            try:
+                if writing:
+                    self.write(offset, (view,))
+                else:
+                    self.read(offset, view)
+            except StorageError as exc:
+                results[index] = exc
+        if self._unflushed is not None and self._unflushed.n_bytes > _MAX_UNFLUSHED:
+            self.flush()
+        return results
+
+    def _gather(
+        self,
+        connection: Connection,
+        group: range,
+        pendings: list[Pending],
+        ranges: Sequence[tuple[int, memoryview]],
+        results: list[StorageError | None],
+        again: list[int],
+    ) -> None:
+        """Wait for a group of requests that were sent together."""
+        for number, (index, pending) in enumerate(zip(group, pendings, strict=True)):
+            try:
+                connection.wait(pending)
+                self._check(pending)
+                if pending.command == wire.NBD_CMD_WRITE:
+                    self._note_change(connection, pending, (ranges[index][1],))
+            except ConnectionLost:
+                again.append(index)
+            except StorageError as exc:
+                results[index] = exc
+            except BaseException as exc:
+                connection.give_up(pendings[number + 1 :], exc)
+                raise
 
     def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
         """Make the range read as zero; with `no_hole` its space stays reserved.  Raises as `read`."""
@@ -227,7 +301,7 @@ class Client:
 
     def cache(self, offset: int, length: int) -> None:
         """Tell that the range will be needed soon.  Raises as `read`."""
-        for start, n in _pieces(offset, length, self._max_transfer):
+        for start, n in _pieces(offset, length, self.max_transfer):
             self._call(wire.NBD_CMD_CACHE, start, n)
 
     def flush(self) -> None:
@@ -258,7 +332,8 @@ class Client:
         return self._persist(ask)
 
     @property
-    def _max_transfer(self) -> int:
+    def max_transfer(self) -> int:
+        """Bytes that one read or write request may have."""
         export = self.terms.export
         most = min(export.max_payload, wire.DEFAULT_MAX_PAYLOAD)
         return most - most % export.min_block
@@ -276,16 +351,20 @@ class Client:
             pending = connection.start(command, offset, length, flags=flags, data=data)
             connection.wait(pending)
             self._check(pending)
-            unflushed = self._unflushed
-            if unflushed is not None and not flags & wire.NBD_CMD_FLAG_FUA:
-                with self._lock:
-                    if connection.epoch != self._epoch:  # lost since: the answer promises nothing any more
-                        raise ConnectionLost("the connection was lost")
-                    unflushed.add(command, offset, length, flags, data)
+            self._note_change(connection, pending, data)
 
         self._persist(ask)
         if self._unflushed is not None and self._unflushed.n_bytes > _MAX_UNFLUSHED:
             self.flush()
+
+    def _note_change(self, connection: Connection, pending: Pending, data: Sequence[Data]) -> None:
+        """Keep a change until it is flushed.  Raises ConnectionLost where the answer promises nothing any more."""
+        if self._unflushed is None or pending.flags & wire.NBD_CMD_FLAG_FUA:
+            return
+        with self._lock:
+            if connection.epoch != self._epoch:
+                raise ConnectionLost("the connection was lost")
+            self._unflushed.add(pending, data)
 
     def _check(self, pending: Pending) -> None:
         """Raises StorageError where the server has answered by an error."""
@@ -420,7 +499,7 @@ class Client:
             and not old.export.flags & ~new.export.flags & ~wire.NBD_FLAG_CAN_MULTI_CONN
             and (old.export.flags ^ new.export.flags) & wire.NBD_FLAG_READ_ONLY == 0
             and new.export.min_block <= old.export.min_block
-            and new.export.max_payload >= self._max_transfer
+            and new.export.max_payload >= self.max_transfer
             and old.extended <= new.extended
         )
         if not same:

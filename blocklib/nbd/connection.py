@@ -35,6 +35,8 @@ _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 _IOV_MAX: Final = 1024
 _JOINED: Final = 1 << 16
 """Through TLS, up to so many bytes are sent as one record rather than as a record each part."""
+_REST: Final = 10.0
+"""Seconds for a receiver to leave a broken connection, which takes microseconds; a thread that was killed never does."""
 _SENDER_LOOKS: Final = 0.1
 """Seconds until a sender that is held up looks whether it is its turn to receive, which would free the server's hands."""
 
@@ -230,8 +232,8 @@ class Connection:
         is_tls = ssl_module is not None and isinstance(sock, ssl_module.SSLSocket)
         self._stream: _PlainStream | _TlsStream = _TlsStream(sock, timeout) if is_tls else _PlainStream(sock, timeout)  # type: ignore[arg-type]
         self._sending = threading.Lock()  # one request at a time is put on the wire
-        self._state = threading.Lock()  # guards: _receiving, _users, broken, and setting a waiter against waking it
-        self._receiving = False
+        self._state = threading.Lock()  # guards: _users, broken, taking and giving up _receiving, and waiters against waking
+        self._receiving = threading.Lock()  # held by the thread that receives
         self._users = 0
         """Requests that somebody has started and not yet waited for: the socket stays open for them."""
         self.broken: BaseException | None = None
@@ -253,22 +255,51 @@ class Connection:
         contexts: Sequence[int] = (),
     ) -> Pending:
         """Send a request; `wait` must be called for what this returns.  Raises LocalProtocolError, ConnectionLost."""
+        self._enter(1)
+        try:
+            pending = self._engine.request(command, offset, length, flags=flags, into=into, contexts=contexts)
+            self._put_on_wire([pending.head, *data] if data else [pending.head])
+        except BaseException:
+            self._leave(1)
+            raise
+        return pending
+
+    def start_many(self, command: int, ranges: Sequence[tuple[int, memoryview]]) -> list[Pending]:
+        """Send reads or writes together: offset and buffer of each.  `wait` must be called for each.  Raises as `start`."""
+        self._enter(len(ranges))
+        try:
+            request = self._engine.request
+            if command == wire.NBD_CMD_READ:
+                pendings = [request(command, offset, len(view), into=view) for offset, view in ranges]
+                self._put_on_wire([b"".join([pending.head for pending in pendings])])
+            else:
+                pendings = [request(command, offset, len(view)) for offset, view in ranges]
+                parts: list[Data] = []
+                for pending, (_, view) in zip(pendings, ranges, strict=True):
+                    parts += (pending.head, view)
+                self._put_on_wire(parts)
+        except BaseException:
+            self._leave(len(ranges))
+            raise
+        return pendings
+
+    def _enter(self, requests: int) -> None:
         with self._state:
             if self.broken is not None:
                 raise self._ended()
-            self._users += 1
+            self._users += requests
+
+    def _put_on_wire(self, parts: list[Data]) -> None:
         try:
-            pending = self._engine.request(command, offset, length, flags=flags, into=into, contexts=contexts)
             with self._sending:
-                self._send([pending.head, *data] if data else [pending.head])
+                self._send(parts)
         except BaseException as exc:
             if not isinstance(exc, (BlocklibError, ConnectionLost)):
                 self._break(exc)  # part of a message may be on its way
-            self._leave()
+            self._rest()
             if isinstance(exc, OSError) and not isinstance(exc, BlocklibError):
                 raise self._ended() from exc
             raise
-        return pending
 
     def _send(self, parts: list[Data]) -> None:
         missing = sum(len(part) for part in parts)
@@ -290,8 +321,7 @@ class Connection:
         with self._state:
             if self.broken is not None:
                 raise self._ended()
-            ours = not self._receiving
-            self._receiving = True
+            ours = self._receiving.acquire(blocking=False)
         if not ours:
             self._stream.wait(read=False, timeout=_SENDER_LOOKS)
             return
@@ -308,10 +338,8 @@ class Connection:
                 with self._state:
                     if self.broken is not None:
                         raise self._ended()
-                    receives = not self._receiving
-                    if receives:
-                        self._receiving = True
-                    else:
+                    receives = self._receiving.acquire(blocking=False)
+                    if not receives:
                         waiter = threading.Lock()
                         waiter.acquire()
                         pending.waiter = waiter
@@ -324,11 +352,27 @@ class Connection:
                         self._receive()
                 finally:
                     self._hand_on()
+        except BaseException as exc:
+            self._break(exc)
+            self._rest()
+            raise
         finally:
-            self._leave()
+            self._leave(1)
+
+    def give_up(self, pendings: Sequence[Pending], cause: BaseException) -> None:
+        """Instead of waiting for these requests: break the connection, so that no buffer of theirs is touched any more."""
+        if pendings:
+            self._break(cause if isinstance(cause, RemoteProtocolError) else ConnectionLost("requests were given up"))
+            self._rest()
+            self._leave(len(pendings))
+
+    def _rest(self) -> None:
+        """Return when no thread receives on the broken connection: from then on nothing is written into any buffer."""
+        if self._receiving.acquire(timeout=_REST):
+            self._receiving.release()
 
     def _receive(self) -> None:
-        """Receive once and wake who is answered; only for the thread that has set `_receiving`."""
+        """Receive once and wake who is answered; only for the thread that holds `_receiving`."""
         try:
             n = self._stream.receive(self._engine.get_buffer())
             if not n:
@@ -347,7 +391,7 @@ class Connection:
     def _hand_on(self) -> None:
         """Let another thread that waits receive from now on."""
         with self._state:
-            self._receiving = False
+            self._receiving.release()
             for pending in list(self._engine.in_flight.values()):
                 if _wake(pending):
                     return
@@ -383,9 +427,9 @@ class Connection:
         except OSError:
             return  # it has ended already
 
-    def _leave(self) -> None:
+    def _leave(self, requests: int) -> None:
         with self._state:
-            self._users -= 1
+            self._users -= requests
             if self.broken is not None and not self._users:
                 self._stream.socket.close()
 

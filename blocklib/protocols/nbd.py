@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from blocklib.buffers import is_zero, zero_fill
@@ -173,6 +174,27 @@ class NbdNode(Node):
                 self._client.write(offset, views)
         finally:
             self._begin_change()
+
+    def transfer(self, offsets: Any, addresses: Any, lengths: Any, results: Any, *, writing: bool) -> None:
+        from ctypes import c_char
+
+        length = max(lengths, default=0)
+        end = max(map(add, offsets, lengths), default=0)
+        if length > self._client.max_transfer or end > self._served or (writing and self.read_only):
+            super().transfer(offsets, addresses, lengths, results, writing=writing)
+            return
+        ranges = [
+            (offset, memoryview((c_char * n).from_address(address)).cast("B"))
+            for offset, address, n in zip(offsets, addresses, lengths, strict=True)
+        ]
+        if writing:
+            self._begin_change()
+        try:
+            for index, error in enumerate(self._client.transfer(ranges, writing=writing)):
+                results[index] = 0 if error is None else error.errno or errno.EIO
+        finally:
+            if writing:
+                self._begin_change()
 
     def _within_export(
         self, offset: int, views: Sequence[memoryview | bytes | bytearray]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import socket
 import struct
 import threading
 import tracemalloc
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -344,7 +346,8 @@ def test_a_million_extents_are_a_table(tmp_path: Path) -> None:
         engine = handshake(sock, size=size)
         for request in requests_of(sock, engine):
             count = min(wire.MAX_STATUS_EXTENTS, request.length // 512)
-            payload = b"\0\0\0\0" + struct.pack(">LLLL", 512, 0, 512, 3) * (count // 2)
+            state = request.offset // 512 % 2 * 3
+            payload = b"\0\0\0\0" + struct.pack(">LLLL", 512, state, 512, 3 - state) * (count // 2)
             sock.sendall(
                 wire.STRUCTURED_REPLY.pack(wire.NBD_STRUCTURED_REPLY_MAGIC, 1, 5, request.cookie, len(payload)) + payload
             )
@@ -353,6 +356,81 @@ def test_a_million_extents_are_a_table(tmp_path: Path) -> None:
         table = disk.map(0, 1 << 28)
         assert len(table) == 1 << 19
         assert table["data"].tolist() == [True, False] * (1 << 18)
+
+
+# -- many requests at once --------------------------------------------------------------------------------------------
+
+
+def transfer(disk: Disk, offsets: list[int], memory: bytearray, *, writing: bool = False) -> list[int]:
+    """Transfer 512 bytes of `memory` for each offset: the error numbers."""
+    base = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
+    addresses = array("q", (base + 512 * number for number in range(len(offsets))))
+    results = array("q", [-1] * len(offsets))
+    node = disk.node.children["file"].node
+    node.transfer(array("q", offsets), addresses, array("q", [512] * len(offsets)), results, writing=writing)
+    return results.tolist()
+
+
+def numbered(sock: socket.socket, *, dies_after: int | None = None, fails: frozenset[int] = frozenset()) -> None:
+    """Serves sectors that say their number; the sectors `fails` fail."""
+    engine = handshake(sock)
+    for count, request in enumerate(requests_of(sock, engine)):
+        if count == dies_after:
+            return
+        number = request.offset // 512
+        if number in fails:
+            sock.sendall(engine.error(request, wire.NBD_EIO, "a bad sector"))
+        elif request.command == wire.NBD_CMD_READ:
+            sock.sendall(engine.read_head(request) + number.to_bytes(8, "big") * 64)
+        else:
+            sock.sendall(engine.done(request))
+
+
+def test_a_transfer_fills_every_buffer_and_tells_each_error(tmp_path: Path) -> None:
+    offsets = [512 * ((7 * number) % 1000) for number in range(1000)]
+    memory = bytearray(512 * 1000)
+    bad = frozenset({3, 500})
+    found = [offset // 512 for offset in offsets if offset // 512 in bad]
+    with fake(tmp_path, lambda sock: numbered(sock, fails=bad)) as server, open_raw(server, "r+") as disk:
+        results = transfer(disk, offsets, memory)
+        assert [offset // 512 for offset, result in zip(offsets, results, strict=True) if result] == found
+        assert set(results) == {0, errno.EIO}
+        for index, offset in enumerate(offsets):
+            if not results[index]:
+                assert memory[512 * index : 512 * index + 512] == (offset // 512).to_bytes(8, "big") * 64
+        results = transfer(disk, offsets, memory, writing=True)
+        assert [offset // 512 for offset, result in zip(offsets, results, strict=True) if result] == found
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_transfer_goes_on_with_the_next_connection(tmp_path: Path, writing: bool) -> None:
+    memory = bytearray(512 * 300)
+    scripts = (lambda sock: numbered(sock, dies_after=100), numbered)
+    with fake(tmp_path, *scripts) as server, open_raw(server, "r+", reconnect_delay=60) as disk:
+        assert transfer(disk, [512 * number for number in range(300)], memory, writing=writing) == [0] * 300
+        assert server.n_connections == 2
+    if not writing:
+        assert memory == b"".join(number.to_bytes(8, "big") * 64 for number in range(300))
+
+
+def test_without_a_delay_the_rest_of_a_transfer_fails(tmp_path: Path) -> None:
+    memory = bytearray(512 * 300)
+    with fake(tmp_path, lambda sock: numbered(sock, dies_after=100)) as server:
+        disk = open_raw(server)
+        results = transfer(disk, [512 * number for number in range(300)], memory)
+        assert results == [0] * 100 + [errno.EIO] * 200
+        disk.abandon()
+
+
+def test_a_lie_in_a_transfer_ends_it(tmp_path: Path) -> None:
+    memory = bytearray(512 * 300)
+    with fake(tmp_path, lying(LIES["overlapping chunks"])) as server:
+        disk = open_raw(server)
+        with pytest.raises(RemoteProtocolError):
+            transfer(disk, [512 * number for number in range(300)], memory)
+        with pytest.raises(RemoteProtocolError):
+            disk.read(0, 512)
+        disk.abandon()
 
 
 # -- servers that stall or die ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import blocklib
 from blocklib.errors import OptionError, ReadOnlyError, RequestError, StorageError
 from blocklib.sizes import KiB, MiB
 from tests.cli.running import CommandLine
-from tests.nbd_servers import free_port, kill_server, nbdkit_at, qemu_nbd_at, serving, uri_of
+from tests.nbd_servers import free_port, kill_server, nbdkit_at, qemu_nbd_at, uri_of
 from tests.programs import Argument, Program
 
 SIZE = 8 * MiB
@@ -369,10 +369,3 @@ def test_a_socket_that_is_open_already_is_used(tmp_path: Path, image: Path, qemu
         sock.connect(str(tmp_path / "nbd.sock"))
         with blocklib.open({"driver": "nbd", "server.type": "fd", "server.str": str(sock.fileno())}) as disk:
             assert disk.read(0, 4) == b"\1\1\1\1"
-
-
-def test_serving_is_over_when_its_block_is(tmp_path: Path, nbdkit: Program) -> None:
-    with serving(nbdkit, tmp_path / "pid", "-P", tmp_path / "pid", "-U", tmp_path / "s", "memory", 512):
-        pass
-    with socket.socket(socket.AF_UNIX) as sock, pytest.raises(ConnectionRefusedError):
-        sock.connect(str(tmp_path / "s"))
