@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from blocklib.extents import Extent, ExtentTable, Status
     from blocklib.insertion import InsertedFilter
     from blocklib.node import Node
+    from blocklib.places import Places
     from blocklib.snapshots import Snapshots
 
 Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
@@ -207,6 +208,17 @@ class Disk:
         if failures:
             raise _batch_error(failures, pointer.length, "read_batch", node)
         return out
+
+    def read_at(self, places: Places, offset: int, view: memoryview) -> None:
+        """`readinto`, without looking up again what `places` remembers."""
+        tracker = self._tracker
+        tracker.enter()
+        try:
+            node = self._checked(offset, len(view))
+            if not places.read(node, offset, view):
+                plan.read(node, offset, view)
+        finally:
+            tracker.leave()
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

@@ -273,6 +273,13 @@ class Node:
         """How many entries of tables say where a range lives: what it costs at most to resolve it all."""
         return 0
 
+    def layout(self) -> object:
+        """What is equal to an earlier answer only if all data still lives where it did then.
+
+        Asked inside a request: what moves afterwards stays readable in its old place for as long as that lasts.
+        """
+        return object()
+
     def ask_for_holes(self) -> None:
         """Called before block status is reported: find out once whether data may be holes in the child."""
 

@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"passing"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
+    frozenset({"places"}),
     frozenset({"graph"}),
     frozenset({"batch", "bitmaps", "insertion", "snapshots"}),
     frozenset({"disk"}),

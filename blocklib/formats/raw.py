@@ -113,6 +113,9 @@ class RawNode(Node):
         lookups.pass_through(work, self.offset, self.size)
         return True
 
+    def layout(self) -> object:
+        return self.offset
+
     # -- changing -----------------------------------------------------------------------------------------------------
 
     def grow_to(self, end: int) -> None:

@@ -11,9 +11,9 @@ from blocklib import graph, plan
 from blocklib.errors import NameNotFoundError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.ends import opened, same_file
+from blocklib.jobs.ends import Source, opened, same_file
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above
+from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blocklib.records import Record
 from blocklib.reports import CommitResult, NodeInfo
@@ -72,8 +72,9 @@ class _Commit(Record, Task[CommitResult]):
                 if old_size < top.size:
                     with graph.drained(top.node), graph.alone(node):
                         edge.truncate(top.size)
-                copy = BlockCopy(control, top, _Writer(edge), unit=node.data_unit() or 1)
-                runs = runs_above(top, 0, top.size, base, absent=SKIP, absent_zero=COMPARE)
+                source = Source(top, base)
+                copy = BlockCopy(control, source, _Writer(edge), unit=node.data_unit() or 1)
+                runs = source.runs_above(absent=SKIP, absent_zero=COMPARE)
                 copy.run(coalesced(_zeroed_below(runs, old_size)))
                 edge.flush()
                 if self.empty:

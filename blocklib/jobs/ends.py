@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from blocklib import graph
 from blocklib.buffers import zero_fill
 from blocklib.disk import Disk
 from blocklib.errors import ReadOnlyError
-from blocklib.jobs.runs import ZERO, Run, runs_of
+from blocklib.jobs.runs import ZERO, Run, runs_above, runs_of
 from blocklib.opening import open_disk
+from blocklib.places import Places
 
 if TYPE_CHECKING:
     from blocklib.policy import References, Target
+    from blocklib.reports import NodeInfo
 
 SECTOR = 512
 """The size of a disk is a multiple of this, except that a raw file may end anywhere."""
@@ -53,6 +56,29 @@ def same_file(first: str | None, second: str | None) -> bool:
         return False
 
 
+class Source:
+    """A disk that a job reads where it has looked up what there is to read, in the images above `base`."""
+
+    def __init__(self, disk: Disk, base: NodeInfo | None = None) -> None:
+        self._disk = disk
+        self._base = base
+        chain = graph.chain(disk.node)
+        self._places = Places(disk.node, next((node for node in chain if base is not None and node.name == base.name), None))
+
+    def readinto(self, offset: int, buffer: memoryview, /) -> None:
+        """Fill `buffer` from `offset`."""
+        self._disk.read_at(self._places, offset, buffer)
+
+    def runs(self, length: int) -> Iterator[Run]:
+        """As `runs_of`, over its first `length` bytes."""
+        return runs_of(self._disk, 0, length, places=self._places)
+
+    def runs_above(self, *, absent: int, absent_zero: int) -> Iterator[Run]:
+        """As `runs_above`, over all of it."""
+        disk = self._disk
+        return runs_above(disk, 0, disk.size, self._base, absent=absent, absent_zero=absent_zero, places=self._places)
+
+
 class Concatenation:
     """Disks one after the other, read as one; each is filled up to a whole sector with zeroes.
 
@@ -62,16 +88,16 @@ class Concatenation:
     def __init__(self, disks: Sequence[Disk], size: int | None = None) -> None:
         self.disks = tuple(disks)
         self.size = 0
-        self._parts: list[tuple[int, Disk | None, int]] = []  # (offset in the whole, disk or None for zeroes, length)
+        self._parts: list[tuple[int, Source | None, int]] = []  # (offset in the whole, disk or None for zeroes, length)
         for disk in disks:
-            self._add(disk, disk.size if size is None else min(disk.size, size - self.size))
+            self._add(Source(disk), disk.size if size is None else min(disk.size, size - self.size))
             if size is None:
                 self._add(None, -self.size % SECTOR)
         if size is not None:
             self._add(None, size - self.size)
         self._starts = [start for start, _disk, _length in self._parts]
 
-    def _add(self, disk: Disk | None, length: int) -> None:
+    def _add(self, disk: Source | None, length: int) -> None:
         if length > 0:
             self._parts.append((self.size, disk, length))
             self.size += length
@@ -95,5 +121,5 @@ class Concatenation:
             if disk is None:
                 yield start, length, ZERO
                 continue
-            for offset, n, what in runs_of(disk, 0, length):
+            for offset, n, what in disk.runs(length):
                 yield start + offset, n, what

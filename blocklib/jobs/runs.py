@@ -14,6 +14,7 @@ from blocklib._fast.extents import actions
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
+    from blocklib.places import Places
     from blocklib.reports import NodeInfo
 
 SKIP: Final = 0
@@ -34,25 +35,42 @@ _PAGE: Final = 4096
 _READ: Final = (COPY, COMPARE)
 
 
-def runs_of(disk: Disk, offset: int, length: int) -> Iterator[Run]:
-    """The runs of a range of `disk`, COPY or ZERO: ascending, contiguous."""
-    return _runs(disk, offset, length, None, _WHOLE)
+def runs_of(disk: Disk, offset: int, length: int, *, places: Places | None = None) -> Iterator[Run]:
+    """The runs of a range of `disk`, COPY or ZERO: ascending, contiguous; `places` remembers where they live."""
+    return _runs(disk, offset, length, None, _WHOLE, places)
 
 
-def runs_above(disk: Disk, offset: int, length: int, base: NodeInfo | None, *, absent: int, absent_zero: int) -> Iterator[Run]:
+def runs_above(
+    disk: Disk,
+    offset: int,
+    length: int,
+    base: NodeInfo | None,
+    *,
+    absent: int,
+    absent_zero: int,
+    places: Places | None = None,
+) -> Iterator[Run]:
     """The runs of what the images above `base` hold (None: all images of the chain), COPY or ZERO.
 
     What none of them holds is `absent`, or `absent_zero` where it is zero because an image above `base`, or the chain, ends.
     """
     # By what an extent says: (not present, not present but zero, data, zero).
-    return _runs(disk, offset, length, base, (absent, absent_zero, COPY, ZERO))
+    return _runs(disk, offset, length, base, (absent, absent_zero, COPY, ZERO), places)
 
 
 _WHOLE: Final = (COPY, ZERO, COPY, ZERO)
 
 
-def _runs(disk: Disk, offset: int, length: int, base: NodeInfo | None, meaning: tuple[int, int, int, int]) -> Iterator[Run]:
-    for rows in disk.row_windows(offset, length, base=base):
+def _runs(
+    disk: Disk,
+    offset: int,
+    length: int,
+    base: NodeInfo | None,
+    meaning: tuple[int, int, int, int],
+    places: Places | None,
+) -> Iterator[Run]:
+    windows = disk.row_windows(offset, length, base=base)
+    for rows in windows if places is None else places.remember(windows):
         yield from actions(rows, meaning)
 
 

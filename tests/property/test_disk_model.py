@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import blocklib
+from blocklib.places import Places
 from tests.programs import Program, find_program
 from tests.property.chains import (
     CacheMode,
@@ -82,6 +83,9 @@ class DiskMachine(RuleBasedStateMachine):
 
     def _open(self, how: dict[str, Any]) -> blocklib.Disk:
         self.disk = open_image(self.top, "r+", **how)
+        self.places = Places(self.disk.node)
+        for _rows in self.places.remember(self.disk.row_windows()):
+            pass
         self.discard_passes = how["discard"] == "unmap"
         return self.disk
 
@@ -107,6 +111,9 @@ class DiskMachine(RuleBasedStateMachine):
         offset, length = place.on(self.top.size, self.top.spec.cluster_size)
         found = self.disk.read(offset, length)
         assert not first_difference(found, self.top.content[offset : offset + length])
+        buffer = bytearray(length)
+        self.disk.read_at(self.places, offset, memoryview(buffer))
+        assert not first_difference(buffer, self.top.content[offset : offset + length])
 
     @rule(data=st.data())
     def resize(self, data: st.DataObject) -> None:

@@ -73,6 +73,8 @@ class TableCache:
         self.clean_interval = 0
         self.clock: Callable[[], float] = time.monotonic
         self._now = 0.0  # when it was last looked for unused tables
+        self.changes = 0
+        """How often a table was changed, made or given up."""
         self._entries: dict[int, _Entry] = {}
         self._dirty: set[int] = set()
         self.index: TableIndex | None = None
@@ -144,10 +146,11 @@ class TableCache:
 
     def insert(self, host_offset: int, table: Table, *, dirty: bool = False) -> None:
         """Add a table that was read (clean) or made (dirty)."""
-        self.drop(host_offset)
+        self._forget(host_offset)
         self.drop_unused()
         self._entries[host_offset] = entry = _Entry(table, self._now)
         if dirty:
+            self.changes += 1
             entry.first, entry.stop = 0, len(table)
             self._dirty.add(host_offset)
         if len(self._entries) > self.max_entries:
@@ -155,6 +158,7 @@ class TableCache:
 
     def mark_dirty(self, host_offset: int, first: int, stop: int) -> None:
         """Entries [first, stop) of a cached table were changed."""
+        self.changes += 1
         entry = self._entries[host_offset]
         self._dirty.add(host_offset)
         entry.first = min(entry.first, first)
@@ -162,6 +166,10 @@ class TableCache:
 
     def drop(self, host_offset: int) -> None:
         """Forget a table whose cluster was freed; its changes must never reach the file."""
+        self.changes += 1
+        self._forget(host_offset)
+
+    def _forget(self, host_offset: int) -> None:
         self._dirty.discard(host_offset)
         if host_offset in self._entries:
             self._let_go(host_offset)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class ClusterWritingNode(SnapshotNode):
     """A base of Qcow2Node; what it needs comes in with the first such write."""
 
+    def layout(self) -> object:
+        cache = self._image.mapping.cache
+        return cache, cache.changes
+
     def write_fresh(self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> int:
         from blocklib.formats.qcow2.fresh_runs import write_fresh
 

@@ -1,0 +1,155 @@
+"""Reading from where data was found to live: a range is looked up once, for what is to be done and for the doing of it.
+
+Block status says in which file, and where in it, data lies.  That holds until somebody changes the graph or where an image
+keeps its clusters; from then on every read looks up anew.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from blocklib import status
+from blocklib._fast.extents import COMPRESSED, DATA, DEPTH_SHIFT, PLACED, SAID, ZERO, Rows
+from blocklib.buffers import zero_fill
+
+if TYPE_CHECKING:
+    from blocklib.graph import Edge
+    from blocklib.node import Node
+
+_REMEMBERED: Final = 1 << 18
+"""Rows that are kept: more than all threads of a job can be at."""
+
+
+class Places:
+    """The places of a chain of images, of those above `base`, as `status.row_windows` finds them."""
+
+    def __init__(self, top: Node, base: Node | None = None) -> None:
+        self._windows: tuple[_Window, ...] = ()  # ascending; replaced, never changed
+        links = _links(top, base)
+        self._are_known = links is not None
+        self._links = links or []
+        self._writable = [link.node for link in self._links if link.node.tracker is not None]
+        self._layouts = [node.layout() for node in self._writable]
+
+    def remember(self, windows: Iterator[Rows]) -> Iterator[Rows]:
+        """The same, of the chain that this is for, in which every row is remembered for some time."""
+        for rows in windows:
+            if self._are_known:
+                kept = [*self._windows, _Window(rows)]
+                while len(kept) > 2 and sum(len(window.offsets) for window in kept) > _REMEMBERED:
+                    del kept[0]
+                self._windows = tuple(kept)
+            yield rows
+
+    def read(self, top: Node, offset: int, view: memoryview) -> bool:
+        """Fill `view` from guest `offset`; False, with nothing certain in it, where not all of that is known to live somewhere.
+
+        The caller is inside a request to the chain, which begins with `top` now.
+        """
+        windows = self._windows
+        index = bisect_right(windows, offset, key=_start) - 1
+        if index < 0 or not self._are_known:
+            return False
+        entered = 0
+        try:
+            for node in self._writable:  # what they free from now on is not given to anybody else before we leave
+                assert node.tracker is not None
+                node.tracker.enter()
+                entered += 1
+            if not self._hold(top):
+                self._are_known = False
+                return False
+            return self._read(windows, index, offset, view)
+        finally:
+            for node in self._writable[:entered]:
+                assert node.tracker is not None
+                node.tracker.leave()
+
+    def _hold(self, top: Node) -> bool:
+        """Whether everything is where it was when it was looked up."""
+        return (
+            self._links[0].node is top
+            and all(link.holds() for link in self._links)
+            and self._layouts == [node.layout() for node in self._writable]
+        )
+
+    def _read(self, windows: tuple[_Window, ...], index: int, offset: int, view: memoryview) -> bool:
+        done, length = 0, len(view)
+        for window in windows[index:]:
+            i = bisect_right(window.offsets, offset + done) - 1
+            while done < length and i < len(window.offsets):
+                inside = offset + done - window.offsets[i]
+                n = min(length - done, window.lengths[i] - inside)
+                if n <= 0:
+                    return False
+                word = window.words[i]
+                if word & _KIND == DATA | PLACED:
+                    self._links[word >> DEPTH_SHIFT].data.read(window.places[i] + inside, view[done : done + n])
+                elif word & ZERO:
+                    zero_fill(view[done : done + n])
+                else:
+                    return False
+                done += n
+                i += 1
+            if done == length:
+                return True
+        return False
+
+
+_KIND: Final = SAID & (DATA | PLACED | COMPRESSED | ZERO)
+
+
+class _Window:
+    """Rows, by columns."""
+
+    __slots__ = ("lengths", "offsets", "places", "words")
+
+    def __init__(self, rows: Rows) -> None:
+        columns = zip(*rows, strict=True)
+        self.offsets, self.lengths, self.places, self.words = columns
+
+
+def _start(window: _Window) -> int:
+    return int(window.offsets[0])
+
+
+class _Link:
+    """An image of the chain, and the way down from it."""
+
+    __slots__ = ("_backing", "_below", "_place", "_tracker", "data", "node")
+
+    def __init__(self, node: Node, data: Edge) -> None:
+        self.node = node
+        self.data = data
+        """Where its data lives."""
+        self._place = data.node
+        self._tracker = node.tracker
+        self._backing = node.children.get("backing")
+        self._below = self._backing.node if self._backing is not None else None
+
+    def holds(self) -> bool:
+        """Whether all of that is as it was."""
+        node, backing = self.node, self._backing
+        return (
+            node.children.get("backing") is backing
+            and (backing is None or backing.node is self._below)
+            and node.data_edge() is self.data
+            and self.data.node is self._place
+            and node.tracker is self._tracker
+        )
+
+
+def _links(top: Node, base: Node | None) -> list[_Link] | None:
+    """The chain, or None where data cannot be read past its images: a filter sees it, or it is not in a file."""
+    links: list[_Link] = []
+    node: Node | None = top
+    while node is not None and node is not base:
+        edge = node.data_edge()
+        if node.is_filter or node.is_leaf or edge is None or not status.skip_filters(edge.node).is_leaf:
+            return None
+        links.append(_Link(node, edge))
+        below = node.children.get("backing")
+        node = below.node if below is not None else None
+    return links or None
