@@ -357,7 +357,7 @@ class _Builder:
     ) -> Node:
         if path is not None:
             _merge_options(options, {"filename": os.fspath(path)})
-        if driver == "file":
+        if driver in ("file", "host_device"):
             options.setdefault("aio", self._aio)
         typed = check_options(driver, options)
         if isinstance(typed.get("tls-creds"), str):

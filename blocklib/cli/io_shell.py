@@ -26,7 +26,7 @@ SNAPSHOT = Option(("-s", "--snapshot"), None, "keep what is written in a tempora
 NO_CACHE = Option(("-n", "--nocache"), None, "bypass the host's page cache: short for -t none")
 COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from below into the image (not supported)")
 NATIVE_AIO = Option(("-k", "--native-aio"), None, "short for -i native")
-AIO = Option(("-i", "--aio"), "MODE", "threads, native or io_uring: accepted, and makes no difference")
+AIO = Option(("-i", "--aio"), "MODE", "how requests made together are kept in flight: threads (default), native, io_uring")
 CACHE = Option(("-t", "--cache"), "MODE", "none, writeback (default), writethrough, directsync or unsafe")
 DISCARD = Option(("-d", "--discard"), "MODE", "what becomes of discards: ignore, or unmap (default)")
 
@@ -53,13 +53,14 @@ class Opening(NamedTuple):
     discard: Literal["ignore", "unmap"]
     force_share: bool
     snapshot: bool
+    aio: str
 
 
 def opening_of(given: Given, target: Target, image_format: str | None, options: Mapping[str, OptionValue]) -> Opening:
     """`target` opened as the flags in `given` say.  Raises Failure for values that there are not."""
     if given.has("-C"):
         raise Failure("-C: copy-on-read is not supported")
-    aio = given.last("-i") or "threads"
+    aio = "native" if given.has("-k") else given.last("-i") or "threads"
     if aio not in _AIO_MODES:
         raise Failure(f"-i {aio}: no such mode; there are {', '.join(_AIO_MODES)}")
     discard = given.last("-d") or "unmap"
@@ -76,6 +77,7 @@ def opening_of(given: Given, target: Target, image_format: str | None, options: 
         discard=_DISCARD_MODES[discard],
         force_share=given.has("-U"),
         snapshot=given.has("-s"),
+        aio=aio,
     )
 
 
@@ -181,6 +183,7 @@ class Shell:
             force_share=opening.force_share,
             options=opening.options or None,
             secrets=self._secrets,
+            aio=opening.aio,
         )
         if write and opening.format is None and not isinstance(opening.target, Mapping):
             top = disk.chain()[0]

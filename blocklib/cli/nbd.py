@@ -63,7 +63,7 @@ SYNTAX = Syntax(
         Option(("-l", "--load-snapshot"), "SNAPSHOT", "give out an internal snapshot, for reading only"),
         Option(("-n", "--nocache"), None, "bypass the host's page cache: short for --cache=none"),
         Option(("--cache",), "MODE", "none, writeback (default), writethrough, directsync or unsafe"),
-        Option(("--aio",), "MODE", "threads, native or io_uring: accepted, and makes no difference"),
+        Option(("--aio",), "MODE", "how requests made together are kept in flight: threads (default), native, io_uring"),
         Option(("--discard",), "MODE", "what becomes of discards: ignore (default), or unmap"),
         Option(("--detect-zeroes",), "MODE", "find zeroes in what is written: off (default), on or unmap"),
         IMAGE_OPTS,
@@ -82,7 +82,7 @@ _UNSUPPORTED = {
     "-T": "-T: tracing is not supported",
     "--selinux-label": "--selinux-label: labels of sockets are not supported",
 }
-_AIO_MODES = ("threads", "native", "io_uring")
+_AIO = {"threads": "threads", "native": "native", "io_uring": "io_uring"}
 _DISCARD: dict[str, Literal["ignore", "unmap"]] = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
 _DETECT: dict[str, DetectZeroes] = {"off": "off", "on": "on", "unmap": "unmap"}
 _FIRST_PASSED = 3
@@ -151,7 +151,7 @@ def _check(given: Given) -> None:
         raise Failure("-k is a Unix socket, -p and -b are TCP")
     if given.has("-n") and given.has("--cache"):
         raise Failure("-n and --cache exclude each other")
-    _one_of(given, "--aio", dict.fromkeys(_AIO_MODES, ""), "threads")
+    _one_of(given, "--aio", _AIO, "threads")
     discard = _one_of(given, "--discard", _DISCARD, "ignore")
     if _one_of(given, "--detect-zeroes", _DETECT, "off") == "unmap" and discard != "unmap":
         raise Failure("--detect-zeroes=unmap needs --discard=unmap")
@@ -240,6 +240,7 @@ def _open(session: Session, given: Given, opened: ExitStack) -> Disk:
         discard=_one_of(given, "--discard", _DISCARD, "ignore"),
         detect_zeroes=_one_of(given, "--detect-zeroes", _DETECT, "off") if write else "off",
         secrets=given.secrets,
+        aio=_one_of(given, "--aio", _AIO, "threads"),
     )
     opened.enter_context(disk)
     if write and name.format is None and not name.is_options and disk.chain()[0].driver == "raw":

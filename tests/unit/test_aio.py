@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from blocklib._fast import transfers
+import blocklib
+from blocklib._fast import lookups, placing, transfers
 from blocklib._fast.pointer import Pointer
 from blocklib.errors import ClosedError, ReadOnlyError, StorageError
 from blocklib.node import Node
@@ -38,6 +40,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+AIO: tuple[Aio, ...] = ("threads", "io_uring", "native")
 ENGINES: tuple[tuple[Aio, bool], ...] = (
     ("threads", True),
     ("threads", False),
@@ -211,6 +214,35 @@ def test_an_interrupt_is_raised_when_nothing_is_on_its_way_any_more(monkeypatch:
 
 def _moves(count: int) -> transfers.Moves:
     return transfers.Moves(*(array("q", bytes(8 * count)) for _ in range(4)))
+
+
+@pytest.mark.parametrize("aio", AIO)
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_batches_of_a_disk_with_direct_io(aio: Aio, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in (transfers.family, lookups.family, placing.family):
+        for kernel in family.kernels.values():
+            monkeypatch.setattr(kernel, "_compiled", kernel.loaded())
+    path = tmp_path / "disk"
+    size = 2 * BLOCKS * BLOCK
+    blocklib.create(path, size, format=format)
+    rows = np.frombuffer(CONTENT, dtype=np.uint8).reshape(BLOCKS, BLOCK)
+    data = np.frombuffer(mmap.mmap(-1, len(CONTENT)), dtype=np.uint8).reshape(BLOCKS, BLOCK)
+    data[:] = rows
+    offsets = np.arange(BLOCKS, dtype=np.int64)[::-1] * 2 * BLOCK
+    try:
+        disk = blocklib.open(path, "r+", format=format, cache="none", options={"file.aio": aio})
+    except StorageError as exc:
+        pytest.skip(f"no direct I/O here: {exc}")
+    with disk:
+        for _ in range(2):  # into nothing, and then in place
+            disk.write_batch(offsets, data)
+        back = np.frombuffer(mmap.mmap(-1, len(CONTENT)), dtype=np.uint8).reshape(BLOCKS, BLOCK)
+        disk.read_batch(offsets, BLOCK, out=back)
+        assert (back == rows).all()
+        disk.read_batch(offsets + BLOCK, BLOCK, out=back)
+        assert not back.any()
+    with blocklib.open(path, format=format) as disk:
+        assert (disk.read_batch(offsets, BLOCK) == rows).all()
 
 
 # -- where there is no io_uring -------------------------------------------------------------------------------------------
