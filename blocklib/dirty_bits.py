@@ -1,17 +1,17 @@
 """One bit for each piece of a disk: the compact array that a dirty bitmap keeps its state in (pure, no locks, no I/O).
 
 Bits lie as bitmaps are stored in qcow2: bit n is bit n % 8, from the least significant, of byte n // 8, and bits behind the
-last piece are zero.  Whatever may touch many of them works on whole bytes or, where ranges are told apart, with numpy.
+last piece are zero.  Whatever may touch many of them works on whole bytes or, where ranges are told apart, by kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from blocklib._fast.bits import merge_scaled, switches
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from blocklib.extents import RangeTable
 
 _STEP: Final = 1 << 16
@@ -19,8 +19,6 @@ _STEP: Final = 1 << 16
 _ONES: Final = b"\xff" * _STEP
 _ZEROES: Final = bytes(_STEP)
 _FIRST_LOOK: Final = 32
-_SMALL: Final = 1 << 12
-"""Bytes of bits below which going through ranges one by one beats loading numpy."""
 
 
 class DirtyBits:
@@ -133,11 +131,8 @@ class DirtyBits:
         """Mark whatever is marked in `other` as well, which may have another granularity."""
         if other.granularity == self.granularity:
             _or_into(self._bits, other._bits)
-        elif len(other._bits) <= _SMALL:
-            for offset, length in other.ranges():
-                self.set_range(offset, length)
         else:
-            _merge_scaled(self._bits, other._bits, other.shift - self.shift)
+            merge_scaled(self._bits, self.n_bits, other._bits, other.shift - self.shift)
         self._cut_tail()
 
     def _cut_tail(self) -> None:
@@ -222,7 +217,7 @@ class DirtyBits:
         if offset >= end:
             return np.empty(0, dtype=extents.RANGE_DTYPE)
         first, last = offset >> self.shift, ((end - 1) >> self.shift) + 1
-        changes = _changes(np.frombuffer(self._bits, dtype=np.uint8), first, last)
+        changes = np.array(switches(self._bits, first, last))
         table = np.empty(len(changes) // 2, dtype=extents.RANGE_DTYPE)
         starts = np.maximum(changes[0::2] << self.shift, offset)
         table["offset"] = starts
@@ -249,56 +244,3 @@ def _or_into(bits: bytearray, other: bytearray) -> None:
         ours = bits[start : start + len(theirs)]
         joined = int.from_bytes(ours, "little") | int.from_bytes(theirs, "little")
         bits[start : start + len(theirs)] = joined.to_bytes(len(theirs), "little")
-
-
-def _merge_scaled(bits: bytearray, other: bytearray, shift: int) -> None:
-    """Or `other` into `bits`, a bit of it being worth ``1 << shift`` of ours, or with a negative shift a part of one."""
-    import numpy as np
-
-    ratio = 1 << abs(shift)
-    step = max(_STEP, ratio // 8) if shift < 0 else max(1, _STEP // ratio)  # whole bits of ours, and bounded memory
-    for start in range(0, len(other), step):
-        part = other[start : start + step]
-        if part.count(0) == len(part):
-            continue
-        unpacked = np.unpackbits(np.frombuffer(part, dtype=np.uint8), bitorder="little")
-        scaled: NDArray[Any]
-        if shift > 0:
-            scaled = np.repeat(unpacked, ratio)
-            place = start * 8 * ratio
-        else:
-            padded = np.zeros(-(-len(unpacked) // ratio) * ratio, dtype=np.uint8)
-            padded[: len(unpacked)] = unpacked
-            scaled = padded.reshape(-1, ratio).max(axis=1)
-            place = start * 8 // ratio
-        packed = np.packbits(np.concatenate((np.zeros(place & 7, dtype=np.uint8), scaled)), bitorder="little")
-        first = place >> 3
-        ours = np.frombuffer(bits, dtype=np.uint8)[first : first + len(packed)]
-        np.bitwise_or(ours, packed[: len(ours)], out=ours)
-
-
-def _changes(array: NDArray[Any], first: int, last: int) -> NDArray[Any]:
-    """Where the bits [first, last) turn from 0 to 1 and back, as if zeroes lay before and behind them: an even number."""
-    import numpy as np
-
-    found = []
-    before = 0  # the bit before this part
-    for start in range(first >> 3, (last + 7) >> 3, _STEP):
-        part = array[start : start + _STEP]
-        base = start << 3
-        inside_first, inside_last = max(first - base, 0), min(last - base, len(part) << 3)
-        uniform = part[0] if part[0] in (0, 0xFF) and not (part != part[0]).any() else None
-        if uniform is not None:
-            value = int(uniform) & 1
-            if value != before:
-                found.append(np.array([base + inside_first], dtype=np.int64))
-                before = value
-            continue
-        bits = np.unpackbits(part, bitorder="little")[inside_first:inside_last]
-        if bits[0] != before:
-            found.append(np.array([base + inside_first], dtype=np.int64))
-        found.append(np.flatnonzero(bits[1:] != bits[:-1]) + (base + inside_first + 1))
-        before = int(bits[-1])
-    if before:
-        found.append(np.array([last], dtype=np.int64))
-    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
