@@ -293,7 +293,7 @@ class NewImage:
         self._overwrite = overwrite
         self._references = references
         self._cache = cache
-        self._is_device = isinstance(target, (str, os.PathLike)) and _is_block_device(target)
+        self._is_device = isinstance(target, (str, os.PathLike)) and _is_there(target)
         self._filename = ""
         self._made: list[str] = []
         if format is None and not self._is_device:
@@ -395,7 +395,10 @@ class NewImage:
                 raise StorageError.wrap(exc, "unlink", filename=made) from exc
 
 
-def _is_block_device(path: str | os.PathLike[str]) -> bool:
+def _is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether a target is written into and not made: a block device, or the export that an NBD URL names."""
+    if drivers.protocol_of_url(path) is not None:
+        return True
     try:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (OSError, ValueError):

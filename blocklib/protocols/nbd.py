@@ -362,7 +362,10 @@ def _default_tls(uri: NbdUri) -> ssl.SSLContext | None:
     if uri.tls_psk_file is not None:
         return tls.psk_context(uri.tls_psk_file, username=uri.tls_username)
     if uri.tls_certificates is not None:
-        return tls.tls_context(uri.tls_certificates, verify_peer=uri.tls_verify_peer)
+        context = tls.tls_context(uri.tls_certificates, verify_peer=uri.tls_verify_peer)
+        if uri.address.path and uri.tls_hostname is None:
+            context.check_hostname = False  # a socket of this host has no name; whose it is, its authority has signed
+        return context
     context = ssl.create_default_context()
     if not uri.tls_verify_peer:
         context.check_hostname = False

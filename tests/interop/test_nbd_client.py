@@ -164,6 +164,37 @@ def test_an_image_can_be_made_inside_an_export(
         assert "cannot grow" in cli.fails("create", "-f", "raw", uri, 17 * MiB)
 
 
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_what_an_export_held_before_does_not_show_in_what_is_converted_into_it(
+    format: str, tmp_path: Path, image: Path, cli: CommandLine, qemu_img: Program, qemu_nbd: Program
+) -> None:
+    holder = tmp_path / "holder.raw"
+    holder.write_bytes(b"\xa5" * (SIZE * 2))
+    with qemu_nbd_at(qemu_nbd, tmp_path, "-f", "raw", "-e", 10, holder) as uri:
+        cli("convert", "-O", format, image, uri)
+        cli("convert", "-n", "-O", format, image, uri)
+        copy = tmp_path / "copy.raw"
+        with blocklib.open(uri, format=format) as disk:
+            copy.write_bytes(disk.read(0, SIZE))
+        assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", image, copy)
+
+
+def test_an_export_is_a_backing_file_like_any_other(
+    tmp_path: Path, image: Path, cli: CommandLine, qemu_img: Program, qemu_nbd: Program
+) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    with qemu_nbd_at(qemu_nbd, tmp_path, "-f", "qcow2", "-r", "-e", 10, image) as uri:
+        cli("create", "-f", "qcow2", "-b", uri, "-F", "raw", overlay)
+        for command in (["info", "--backing-chain"], ["map", "--output=json"], ["map"]):
+            assert cli(*command, overlay) == qemu_img(*command, overlay)
+        with pytest.raises(blocklib.PolicyError):
+            blocklib.open(overlay, format="qcow2")
+        cli("io", "-c", "write -P 8 3M 64k", overlay)
+        with blocklib.open(overlay, format="qcow2", references="allow") as disk:
+            assert disk.read(2 * MiB, 4) == b"\2\2\2\2"
+            assert disk.read(3 * MiB, 4) == b"\10\10\10\10"
+
+
 # -- what servers differ in --------------------------------------------------------------------------------------------
 
 
