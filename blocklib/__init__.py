@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from blocklib.options import describe_options, parse_options
     from blocklib.policy import Limits, Reference
     from blocklib.reports import (
+        BackupResult,
         CheckReport,
         CommitResult,
         CompareResult,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     )
     from blocklib.snapshots import InternalSnapshot
     from blocklib.throttling import ThrottleGroup
+    from blocklib.transactions import transaction
     from blocklib.verbs import amend, check, commit, compare, convert, measure, rebase, repair
 
 _PLACES = {
@@ -93,8 +95,10 @@ _PLACES = {
     "open": "opening",
     "parse_options": "options",
     "policy": "",
+    "transaction": "transactions",
     **dict.fromkeys(
         (
+            "BackupResult",
             "CheckReport",
             "CommitResult",
             "CompareResult",
@@ -133,6 +137,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BackupResult",
     "BatchError",
     "Bitmap",
     "BlocklibError",
@@ -209,4 +214,5 @@ __all__ = [
     "policy",
     "rebase",
     "repair",
+    "transaction",
 ]

@@ -6,7 +6,7 @@ image on top of the chain; a persistent one is stored in that image when the dis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.extents import RangeTable
     from blocklib.node import Node
+    from blocklib.transactions import DiskTransaction
 
 
 class Bitmap:
@@ -95,20 +96,45 @@ class Bitmap:
             raise UsageError(f"{length} bytes at {offset}")
         return self._tracking.copy(self._bitmap).table(offset, length)
 
-    def clear(self) -> None:
-        """Unmark everything."""
-        with graph.drained(self._node()):
-            self._tracking.change(self._bitmap, lambda bits: bits.clear())
+    def clear(self, *, transaction: DiskTransaction | None = None) -> None:
+        """Unmark everything; with `transaction` at the instant of that."""
+        if transaction is None:
+            with graph.drained(self._node()):
+                self._clear()
+            return
+        before: list[DirtyBits] = []
 
-    def enable(self) -> None:
-        """Note writes from now on."""
-        with graph.drained(self._node()):
-            self._tracking.enable(self._bitmap, True)
+        def clear() -> None:
+            before.append(self._tracking.copy(self._bitmap))
+            self._clear()
 
-    def disable(self) -> None:
-        """Note no more writes; what is marked stays."""
-        with graph.drained(self._node()):
-            self._tracking.enable(self._bitmap, False)
+        def bring_back() -> None:
+            self._tracking.change(self._bitmap, lambda bits: bits.merge(before[0]))
+
+        transaction.add(_Change(self, clear, bring_back))
+
+    def _clear(self) -> None:
+        self._tracking.change(self._bitmap, lambda bits: bits.clear())
+
+    def enable(self, *, transaction: DiskTransaction | None = None) -> None:
+        """Note writes from now on, or from the instant of `transaction` on."""
+        self._switch(True, transaction)
+
+    def disable(self, *, transaction: DiskTransaction | None = None) -> None:
+        """Note no more writes, from the instant of `transaction` on if there is one; what is marked stays."""
+        self._switch(False, transaction)
+
+    def _switch(self, on: bool, transaction: DiskTransaction | None) -> None:
+        if transaction is None:
+            with graph.drained(self._node()):
+                self.switch(on)
+            return
+        before = self.enabled
+        transaction.add(_Change(self, lambda: self.switch(on), lambda: self.switch(before)))
+
+    def switch(self, on: bool) -> None:
+        """Note writes or not; the disk is drained."""
+        self._tracking.enable(self._bitmap, on)
 
     def merge(self, *others: Bitmap) -> None:
         """Mark what is marked in `others` as well, all of them or none.
@@ -176,6 +202,28 @@ class Bitmap:
         return f"<Bitmap {self.name!r}: {', '.join([*states, f'granularity {self.granularity}'])}>"
 
 
+class _Change:
+    """What becomes of a bitmap at the instant of a transaction."""
+
+    def __init__(
+        self,
+        bitmap: Bitmap,
+        begin: Callable[[], None],
+        undo: Callable[[], None],
+        abort: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.node = bitmap._node()
+        self.begin = begin
+        self.undo = undo
+        self.abort = abort
+
+    def prepare(self) -> None:
+        """Nothing of it takes time."""
+
+    def finish(self) -> None:
+        """And nothing is left to do."""
+
+
 class Bitmaps:
     """The bitmaps of a disk's top image, by name: ``[name]``, iteration over `Bitmap`, ``in``, ``len``."""
 
@@ -184,11 +232,20 @@ class Bitmaps:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    def add(self, name: str, *, granularity: int | None = None, persistent: bool = False, enabled: bool = True) -> Bitmap:
+    def add(
+        self,
+        name: str,
+        *,
+        granularity: int | None = None,
+        persistent: bool = False,
+        enabled: bool = True,
+        transaction: DiskTransaction | None = None,
+    ) -> Bitmap:
         """A new bitmap without marks, which notes every write from now on unless `enabled` is False.
 
         `granularity` is in bytes: a power of two from 512 to 2 GiB, by default the image's cluster size between 4 and
-        64 KiB.  The name has 1 to 1023 bytes.  A `persistent` one is stored in the image when the disk is closed.
+        64 KiB.  The name has 1 to 1023 bytes.  A `persistent` one is stored in the image when the disk is closed.  With
+        `transaction` it notes writes from the instant of that on, and is gone again if that fails.
 
         Raises UsageError for a name that is taken or what cannot be stored, ReadOnlyError, UnsupportedFeatureError.
         """
@@ -198,8 +255,15 @@ class Bitmaps:
                 name_of_node = self._disk.node.filename or self._disk.node.name
                 raise ReadOnlyError(f"{name_of_node}: opened for reading; mode 'r+' stores bitmaps", node=self._disk.node.name)
             given = index(granularity) if granularity is not None else None
-            bitmap = tracking.add(name, given, persistent=persistent, enabled=enabled)
-        return Bitmap(self._disk, tracking, bitmap)
+            at_once = enabled and transaction is None
+            bitmap = Bitmap(self._disk, tracking, tracking.add(name, given, persistent=persistent, enabled=at_once))
+        if transaction is not None:
+            try:
+                transaction.add(_Change(bitmap, lambda: bitmap.switch(enabled), lambda: bitmap.switch(False), bitmap.remove))
+            except BaseException:
+                bitmap.remove()
+                raise
+        return bitmap
 
     def __getitem__(self, name: str) -> Bitmap:
         """Raises NameNotFoundError."""

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from blocklib.node import Node
     from blocklib.places import Places
     from blocklib.snapshots import Snapshots
+    from blocklib.transactions import DiskTransaction
 
 Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
 """Guest offsets, in bytes; an array or buffer of 64-bit integers is used as it is."""
@@ -91,6 +93,13 @@ class Disk:
             raise ClosedError(FORKED_TEXT)
         return root
 
+    def image_edge(self) -> graph.Edge:
+        """The edge to the top image: of this disk, or of the last filter above it."""
+        edge = self._open_root()
+        while edge.node.is_filter:
+            edge = edge.node.children["file"]
+        return edge
+
     def insert_filter(self, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
         """Put a filter above the images, under live requests; `options` are the driver's, without "file".
 
@@ -99,6 +108,23 @@ class Disk:
         from blocklib.insertion import insert
 
         return insert(self._open_root(), driver, options)
+
+    def add_overlay(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str,
+        options: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        transaction: DiskTransaction | None = None,
+    ) -> None:
+        """Make a new image at `path` over the images of this disk, under live requests: further writes go there.
+
+        The disk is one image longer, and what was its top image is not written any more.  `options` are creation options of
+        the format.  With `transaction` at the instant of that.  Raises as `blocklib.create`; GraphConflictError under a job.
+        """
+        # By name, as drivers are: making and opening images stands above disks.
+        import_module("blocklib.overlays").add(self, path, format, options or {}, overwrite, transaction)
 
     @property
     def mode(self) -> Literal["r", "r+"]:

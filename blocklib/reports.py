@@ -117,6 +117,12 @@ class MirrorResult(Record):
     pivoted: bool
 
 
+class BackupResult(Record):
+    """Bytes read and copied by the job; what writers had to copy first is not counted."""
+
+    bytes_copied: int
+
+
 class CompareResult(Record):
     """`reason` is None for identical disks, "content" with the first differing guest `offset`; if strict also "size", or
     "status" with the first guest `offset` that is not stored in the same way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blocklib.jobs.amend import amend
+from blocklib.jobs.backup import backup
 from blocklib.jobs.check import check, repair
 from blocklib.jobs.commit import commit
 from blocklib.jobs.compare import compare
@@ -20,6 +21,7 @@ __all__ = [
     "JobStatus",
     "ProgressCallback",
     "amend",
+    "backup",
     "check",
     "commit",
     "compare",

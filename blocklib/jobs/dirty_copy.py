@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from blocklib import graph, plan, status
@@ -160,20 +160,23 @@ class DirtyCopy(BlockCopy):
         self._write(writes, _nothing)
 
 
-@contextmanager
-def placed_above(node: Node, filter: Filter) -> Iterator[None]:
-    """While the block runs, all users of `node` reach it through `filter`.  Enter it with the node drained."""
-    with graph.Transaction() as change:
-        users = tuple(node.parents)
-        change.attach(filter, "file", node)
-        for edge in users:
-            change.redirect(edge, filter)
-    try:
-        yield
-    finally:
-        with graph.alone(node) if filter.parents else nullcontext(), graph.Transaction() as change:
-            for edge in tuple(filter.parents):
-                change.redirect(edge, node)
+class Placement:
+    """A filter above an image: all who use the image reach it through the filter.  Made with the image drained."""
+
+    def __init__(self, filter: Filter, node: Node) -> None:
+        self._filter = filter
+        self._node = node
+        with graph.Transaction() as change:
+            users = tuple(node.parents)
+            change.attach(filter, "file", node)
+            for edge in users:
+                change.redirect(edge, filter)
+
+    def take_away(self) -> None:
+        """Let them reach the image itself; the caller has drained it.  Where nobody uses the filter any more, nothing."""
+        with graph.Transaction() as change:
+            for edge in tuple(self._filter.parents):
+                change.redirect(edge, self._node)
 
 
 class Errors:

@@ -11,7 +11,7 @@ from blocklib.disk import Disk
 from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
 from blocklib.jobs.control import Task
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
-from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Source, check_policy, placed_above
+from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Placement, Source, check_policy
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.tops import MirrorTop
 from blocklib.records import Record
@@ -143,13 +143,17 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         )
         try:
             with graph.alone(top):
-                placed = placed_above(top, filter)
-                placed.__enter__()
-                self.marks.begin(state)
+                placement = Placement(filter, top)
+                try:
+                    self.marks.begin(state)
+                except BaseException:
+                    placement.take_away()
+                    raise
             try:
                 copied = self._copy(control, state, source, target, filter)
             finally:
-                placed.__exit__(None, None, None)
+                with graph.alone(top):
+                    placement.take_away()
         except BaseException:
             self.marks.end(state, succeeded=False)
             raise

@@ -50,6 +50,8 @@ VALUES: list[object] = [
     jobs.JobEvent("running", PROGRESS, None),
     blocklib.ConvertResult(1, 2, 3.0, ((0, 512),)),
     blocklib.CommitResult(1, "base.qcow2"),
+    blocklib.BackupResult(1),
+    blocklib.BackupResult(1),
     blocklib.MirrorResult(1, True),
     blocklib.RebaseResult(1, None),
     blocklib.StreamResult(1, None),

@@ -1,0 +1,270 @@
+"""backup: copy a disk in use as it is at one instant, while its writers go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+
+from blocklib import graph
+from blocklib.copy import CopyState
+from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
+from blocklib.jobs.block_copy import Compression
+from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
+from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Placement, Source, check_policy
+from blocklib.jobs.job import Job
+from blocklib.jobs.tops import BackupTop
+from blocklib.node import check_level
+from blocklib.records import Record
+from blocklib.reports import BackupResult
+from blocklib.sizes import KiB
+from blocklib.transactions import DiskTransaction
+
+if TYPE_CHECKING:
+    from blocklib.disk import Disk
+    from blocklib.node import Node
+    from blocklib.options import OptionValue
+    from blocklib.policy import Target
+
+_LEAST_GRANULARITY: Final = 64 * KiB
+_IDLE_SECONDS: Final = 0.1
+
+
+def backup(
+    disk: Disk,
+    target: Disk | Target,
+    *,
+    format: str | None = None,
+    existing: bool = False,
+    overwrite: bool = False,
+    options: Mapping[str, OptionValue] | None = None,
+    backing: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    compress: Literal["zlib", "zstd"] | None = None,
+    compress_level: int | None = None,
+    sync: Sync = "full",
+    bitmap: str | None = None,
+    bitmap_mode: BitmapMode | None = None,
+    on_source_error: ErrorPolicy = "report",
+    on_target_error: ErrorPolicy = "report",
+    on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write",
+    speed: int = 0,
+    auto_finalize: bool = True,
+    progress: ProgressCallback | None = None,
+    transaction: DiskTransaction | None = None,
+) -> Job[BackupResult]:
+    """Copy `disk` to `target` as it is when this returns; what is about to be overwritten later is copied first.
+
+    With `transaction` it is copied as it is at the instant of that, for all of its disks, and the job starts then.
+
+    - `target`, `sync` and `bitmap` are as for `mirror`.  With ``sync="none"`` only what is about to be overwritten is copied,
+      over the disk as backing file; the job is ready at once, and `complete` or `cancel` ends it.
+    - `backing`, `backing_format`: the image that an incremental backup is over, as it is to be stored.
+    - `compress`, `compress_level`: store compressed clusters, as `convert` does.
+    - `on_cbw_error`: where the target fails a write of the disk that has to be copied first, that write fails, or the job does.
+
+    Raises UsageError, OptionError, GraphConflictError, OutOfRangeError, and what opening and making the target raise.
+    """
+    check_policy("on_source_error", on_source_error)
+    check_policy("on_target_error", on_target_error)
+    if on_cbw_error not in ("break-guest-write", "break-snapshot"):
+        raise UsageError(f"on_cbw_error is 'break-guest-write' or 'break-snapshot', not {on_cbw_error!r}")
+    if sync not in get_args(Sync):
+        raise UsageError(f"sync is one of {', '.join(get_args(Sync))}, not {sync!r}")
+    if compress is None and compress_level is not None:
+        raise UsageError("compress_level needs compress")
+    if compress is not None:
+        check_level(compress, compress_level)
+    marks = Marks(disk, sync, bitmap, bitmap_mode)
+    end = CopyTarget(
+        disk,
+        target,
+        sync,
+        format,
+        options or {},
+        existing=existing,
+        overwrite=overwrite,
+        backing=backing,
+        backing_format=backing_format,
+        compress=compress,
+    )
+    policies = on_source_error, on_target_error
+    task = _Backup(disk, end, marks, sync, compress is not None, compress_level, policies, on_cbw_error == "break-snapshot")
+    job = Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    if transaction is not None:
+        transaction.add(_Started(task, job))
+        return job
+    with DiskTransaction() as alone:
+        alone.add(_Started(task, job))
+    return job
+
+
+class _Backup(Record, Task[BackupResult], frozen=False):
+    verb: ClassVar[str] = "backup"
+
+    disk: Disk
+    end: CopyTarget
+    marks: Marks
+    sync: Sync
+    compressed: bool
+    level: int | None
+    policies: tuple[ErrorPolicy, ErrorPolicy]
+    breaks_snapshot: bool
+
+    def __post_init__(self) -> None:
+        self._top = self.disk.node
+        self._claim = graph.Claim(self.verb, [self._top])
+        self._failures: list[BlocklibError] = []
+        self._opened: Disk | None = None
+        self._state: CopyState | None = None
+        self._source: Source | None = None
+        self._placement: Placement | None = None
+
+    # -- the parts of it that belong to a transaction ------------------------------------------------------------------
+
+    @property
+    def top(self) -> Node:
+        return self._top
+
+    def prepare(self) -> None:
+        """Open or make the target."""
+        target = self._opened = self.end.open(self._top.size)
+        if target.size < self._top.size:
+            raise OutOfRangeError(f"the target has {target.size} bytes, the disk {self._top.size}")
+        if self.compressed:
+            target.node.compressor(self.level)  # raises where there is none
+
+    def begin(self) -> None:
+        """The instant: from now on what is about to change is copied first.  The disk is drained."""
+        top = self._top
+        assert self._opened is not None
+        granularity = max(_LEAST_GRANULARITY, self._opened.node.cluster_size() or 1)
+        state = self._state = CopyState(top.size, granularity)
+        self._source = Source(top, self.verb)
+        # It is the writers of the disk who use it: they are counted, and wait for nobody.
+        self._first = DirtyCopy(Control(self.verb), state, self._source, self._opened)
+        filter = BackupTop(top.filename, state, read_only=top.read_only, keep=self._keep)
+        self._placement = Placement(filter, top)
+        try:
+            self.marks.begin(state)
+            self.marks.mark(state)
+        except BaseException:
+            self.undo()
+            raise
+        if self.sync == "none":
+            state.mark(0, top.size)
+
+    def undo(self) -> None:
+        """As if it had not begun; the disk is drained.  `abort` does the rest."""
+        placement, self._placement = self._placement, None
+        if placement is not None:
+            placement.take_away()
+
+    def _keep(self, offset: int, length: int) -> None:
+        if self._failures:
+            return  # the copy is lost already
+        try:
+            self._first.copy_around(offset, length)
+        except BlocklibError as error:
+            if not self.breaks_snapshot:
+                raise
+            self._failures.append(error)
+
+    def _leave(self) -> None:
+        """Let the writers go their own way again."""
+        if self._placement is not None:
+            with graph.alone(self._top):
+                self.undo()
+        source, self._source = self._source, None
+        if source is not None:
+            with graph.Transaction() as change:
+                change.detach(source.edge)
+
+    # -- the job ------------------------------------------------------------------------------------------------------
+
+    def run(self, control: Control) -> BackupResult:
+        state, source, target = self._state, self._source, self._opened
+        assert state is not None
+        assert source is not None
+        assert target is not None
+        copied = self._copy(control, state, source, target)
+        self._leave()
+        self._raise_failures()
+        target.flush()
+        self.end.close()
+        self.marks.end(state, succeeded=True)
+        self._claim.release()
+        return BackupResult(bytes_copied=copied)
+
+    def _copy(self, control: Control, state: CopyState, source: Source, target: Disk) -> int:
+        errors = Errors(control, *self.policies)
+        compression = None
+        if self.compressed:
+            compression = Compression(target.node.compressor(self.level), target.write_packed)
+        copied = 0
+        if self.sync == "none":
+            with control.changed:
+                control.become("ready")
+        while True:
+            self._raise_failures()
+            left = state.count()
+            if self.sync == "none":
+                with control.changed:
+                    if control.completing or control.keeping:
+                        return copied
+                control.pause_point()
+                with control.changed:
+                    control.clock.wait(control.changed, _IDLE_SECONDS)
+                continue
+            if not left:
+                return copied
+            control.set_total(copied + left)
+            copy = DirtyCopy(
+                control,
+                state,
+                source,
+                target,
+                block=state.granularity if self.end.is_zero else 0,
+                zero_known=self.end.is_zero,
+                compression=compression,
+            )
+            errors.attempt(copy.sweep)
+            copied += copy.bytes_read
+
+    def _raise_failures(self) -> None:
+        if self._failures:
+            raise self._failures[0]
+
+    def abort(self) -> None:
+        self._leave()
+        self.end.close()
+        if self._state is not None:
+            self.marks.end(self._state, succeeded=False)
+        self._claim.release()
+        self.end.remove()
+
+
+class _Started:
+    """A backup that begins with the other changes of a transaction."""
+
+    def __init__(self, task: _Backup, job: Job[BackupResult]) -> None:
+        self._task = task
+        self._job = job
+        self.node = task.top
+
+    def prepare(self) -> None:
+        self._task.prepare()
+
+    def begin(self) -> None:
+        self._task.begin()
+
+    def undo(self) -> None:
+        self._task.undo()
+
+    def finish(self) -> None:
+        self._job.start()
+
+    def abort(self) -> None:
+        self._task.abort()
+        self._job.cancel()

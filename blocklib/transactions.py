@@ -1,0 +1,107 @@
+"""Changes of several disks at one instant: all of them or none."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from blocklib import graph
+from blocklib.errors import UsageError
+
+if TYPE_CHECKING:
+    from blocklib.node import Node
+
+
+class Action(Protocol):
+    """One of the changes.  `begin` is called while nobody is inside any of the disks; the others without a drain."""
+
+    @property
+    def node(self) -> Node:
+        """The image that is drained for it."""
+        ...
+
+    def prepare(self) -> None:
+        """Do what can fail and takes time: open and make files."""
+
+    def begin(self) -> None:
+        """Make the change."""
+
+    def undo(self) -> None:
+        """Take back what `begin` has done; the disks are still drained."""
+
+    def finish(self) -> None:
+        """All changes have been made."""
+
+    def abort(self) -> None:
+        """Take back what `prepare` has done: the transaction has failed."""
+
+
+class DiskTransaction:
+    """Collects changes and makes them when its block ends, at one instant for all disks; if one fails, none is made.
+
+    Made by `blocklib.transaction`, and given to what takes ``transaction=``.
+    """
+
+    def __init__(self) -> None:
+        self._actions: list[Action] = []
+        self._state = "new"
+
+    def __enter__(self) -> Self:
+        if self._state != "new":
+            raise UsageError("a transaction is used once")
+        self._state = "open"
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._state = "done"
+        actions, self._actions = self._actions, []
+        prepared: list[Action] = []
+        try:
+            if exc is None:
+                for action in actions:
+                    prepared.append(action)
+                    action.prepare()
+                _change(actions)
+        except BaseException:
+            _abort(prepared)
+            raise
+        if exc is not None:
+            _abort(actions)
+            return
+        for action in actions:
+            action.finish()
+
+    def add(self, action: Action) -> None:
+        """Make this change with the others.  Raises UsageError outside the block."""
+        if self._state != "open":
+            raise UsageError("a transaction takes changes while its block runs")
+        self._actions.append(action)
+
+
+def _change(actions: list[Action]) -> None:
+    begun: list[Action] = []
+    nodes = {id(action.node): action.node for action in actions}
+    with ExitStack() as stack:
+        for _id, node in sorted(nodes.items()):  # in one order everywhere, so that two transactions do not wait in a circle
+            stack.enter_context(graph.alone(node))
+        try:
+            for action in actions:
+                action.begin()
+                begun.append(action)
+        except BaseException:
+            for action in reversed(begun):
+                action.undo()
+            raise
+
+
+def _abort(actions: list[Action]) -> None:
+    for action in reversed(actions):
+        action.abort()
+
+
+def transaction() -> DiskTransaction:
+    """Changes to be made together: ``with blocklib.transaction() as tx: ...``, with ``transaction=tx`` for each of them."""
+    return DiskTransaction()
