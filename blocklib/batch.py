@@ -7,8 +7,9 @@ batch are done in any order.
 
 from __future__ import annotations
 
+import errno
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from blocklib import plan
@@ -16,7 +17,7 @@ from blocklib._fast import lookups, placing
 from blocklib._fast.pointer import Pointer
 from blocklib._fast.work import AT, COUNT, FOUND_BELOW, FOUND_ZEROES, MOVES, PIECE, PIECES, ROUND, TARGET, Work
 from blocklib.buffers import zero_fill
-from blocklib.errors import BlocklibError
+from blocklib.errors import BatchError, BlocklibError
 from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
@@ -293,3 +294,19 @@ def _read_gap(node: Node, offset: int, view: memoryview) -> None:
     inside = max(0, min(len(view), node.size - offset))  # the last cluster may reach past the end of the disk
     plan.read(node, offset, view[:inside])
     zero_fill(view[inside:])
+
+
+def error_of(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BatchError:
+    """What to raise where these of `count` requests have failed."""
+    errnos = [0] * count
+    for number, failure in failures.items():
+        errnos[number] = getattr(failure, "errno", None) or errno.EIO
+    number, first = min(failures.items())
+    error = BatchError(
+        f"{len(failures)} of {count} requests failed, the first of them is number {number}: {first}",
+        errnos=errnos,
+        operation=operation,
+        node=node.name,
+    )
+    error.__cause__ = first
+    return error

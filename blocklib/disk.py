@@ -5,7 +5,6 @@ It checks bounds and permissions, counts requests so that the graph can be drain
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, 
 
 from blocklib import graph, plan, status
 from blocklib.buffers import AnyBuffer, bytes_view
-from blocklib.errors import BatchError, BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.errors import BlocklibError, ClosedError, OutOfRangeError, ReadOnlyError, UsageError
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Preallocation
 from blocklib.policy import References, resolve_backing_name
 from blocklib.reports import ImageInfo, NodeInfo
@@ -232,7 +231,7 @@ class Disk:
         finally:
             tracker.leave()
         if failures:
-            raise _batch_error(failures, pointer.length, "read_batch", node)
+            raise batch.error_of(failures, pointer.length, "read_batch", node)
         return out
 
     def read_at(self, places: Places, offset: int, view: memoryview) -> None:
@@ -274,7 +273,7 @@ class Disk:
         finally:
             tracker.leave()
         if failures:
-            raise _batch_error(failures, pointer.length, "write_batch", node)
+            raise batch.error_of(failures, pointer.length, "write_batch", node)
 
     def write(self, offset: int, data: AnyBuffer, *, fua: bool = False) -> None:
         """Write all of `data` at guest `offset`; with `fua` it is durable on return.
@@ -633,21 +632,6 @@ def _offsets(offsets: Offsets) -> Pointer:
         raise UsageError(f"offsets are a sequence or an array of integers: {exc}") from exc
     except OverflowError as exc:
         raise OutOfRangeError("an offset of more than 64 bits") from exc
-
-
-def _batch_error(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BatchError:
-    errnos = [0] * count
-    for number, failure in failures.items():
-        errnos[number] = getattr(failure, "errno", None) or errno.EIO
-    number, first = min(failures.items())
-    error = BatchError(
-        f"{len(failures)} of {count} requests failed, the first of them is number {number}: {first}",
-        errnos=errnos,
-        operation=operation,
-        node=node.name,
-    )
-    error.__cause__ = first
-    return error
 
 
 def _shown(name: str) -> str:
