@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from blocklib import plan
 from blocklib._fast import lookups, placing
 from blocklib._fast.pointer import Pointer
 from blocklib._fast.work import AT, COUNT, FOUND_BELOW, FOUND_ZEROES, MOVES, PIECE, PIECES, ROUND, TARGET, Work
 from blocklib.buffers import zero_fill
-from blocklib.errors import BatchError, BlocklibError
+from blocklib.errors import BatchError, BlocklibError, OutOfRangeError, UsageError
 from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
     from blocklib.node import Node
+
+Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
+"""Guest offsets, in bytes; an array or buffer of 64-bit integers is used as it is."""
 
 _ROUND_BYTES: Final = 8 << 20
 """Bytes that are looked up together, if the requests are shorter."""
@@ -294,6 +302,19 @@ def _read_gap(node: Node, offset: int, view: memoryview) -> None:
     inside = max(0, min(len(view), node.size - offset))  # the last cluster may reach past the end of the disk
     plan.read(node, offset, view[:inside])
     zero_fill(view[inside:])
+
+
+def offsets_of(offsets: Offsets) -> Pointer:
+    """Guest offsets as 64-bit integers.  Raises UsageError for what are none."""
+    try:
+        try:
+            return Pointer(offsets, "q")
+        except (TypeError, ValueError):
+            return Pointer(array("q", [index(offset) for offset in cast("Iterable[int]", offsets)]), "q")
+    except TypeError as exc:
+        raise UsageError(f"offsets are a sequence or an array of integers: {exc}") from exc
+    except OverflowError as exc:
+        raise OutOfRangeError("an offset of more than 64 bits") from exc
 
 
 def error_of(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BatchError:

@@ -9,12 +9,11 @@ import os
 import sys
 import warnings
 import weakref
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, overload
 
 from blocklib import graph, plan, status
 from blocklib.buffers import AnyBuffer, bytes_view
@@ -27,10 +26,10 @@ from blocklib.sizes import format_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Buffer
 
     from blocklib._fast.extents import Rows
     from blocklib._fast.pointer import Pointer
+    from blocklib.batch import Offsets
     from blocklib.bitmaps import Bitmaps
     from blocklib.diskfile import DiskFile
     from blocklib.extents import Extent, ExtentTable, Status
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from blocklib.places import Places
     from blocklib.snapshots import Snapshots
     from blocklib.transactions import DiskTransaction
-
-Offsets: TypeAlias = "Sequence[int] | NDArray[Any] | Buffer"
-"""Guest offsets, in bytes; an array or buffer of 64-bit integers is used as it is."""
 
 _T = TypeVar("_T")
 _B = TypeVar("_B", bound=AnyBuffer)
@@ -213,7 +209,7 @@ class Disk:
         from blocklib import batch
 
         length = index(length)
-        pointer = _offsets(offsets)
+        pointer = batch.offsets_of(offsets)
         if out is None:
             import numpy as np
 
@@ -255,7 +251,7 @@ class Disk:
         """
         from blocklib import batch
 
-        pointer = _offsets(offsets)
+        pointer = batch.offsets_of(offsets)
         view = bytes_view(data)
         if len(view) % max(pointer.length, 1):
             raise UsageError(f"{len(view)} bytes cannot be divided among {pointer.length} requests")
@@ -617,21 +613,6 @@ class Disk:
             if below.name == base.name:
                 return node, offset, length, below
         raise UsageError(f"{base.filename or base.name} is not in the chain of this disk")
-
-
-def _offsets(offsets: Offsets) -> Pointer:
-    """Guest offsets as 64-bit integers.  Raises UsageError for what are none."""
-    from blocklib._fast.pointer import Pointer
-
-    try:
-        try:
-            return Pointer(offsets, "q")
-        except (TypeError, ValueError):
-            return Pointer(array("q", [index(offset) for offset in cast("Iterable[int]", offsets)]), "q")
-    except TypeError as exc:
-        raise UsageError(f"offsets are a sequence or an array of integers: {exc}") from exc
-    except OverflowError as exc:
-        raise OutOfRangeError("an offset of more than 64 bits") from exc
 
 
 def _shown(name: str) -> str:
