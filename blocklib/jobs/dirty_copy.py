@@ -89,7 +89,6 @@ class DirtyCopy(BlockCopy):
         block: int = 0,
         zero_known: bool = False,
         compression: Compression | None = None,
-        counted: bool = True,
     ) -> None:
         super().__init__(
             control, source, target, block=block, zero_known=zero_known, unordered=True, compression=compression
@@ -97,7 +96,6 @@ class DirtyCopy(BlockCopy):
         self._state = state
         self._from = source
         self._progress = control
-        self._counted = counted
 
     def sweep(self) -> None:
         """Copy what is marked, once from the beginning to the end of the disk, with all threads."""
@@ -107,8 +105,7 @@ class DirtyCopy(BlockCopy):
         for offset, length, _what, at in piece.runs:
             with self._from.request():  # before anything is reserved: a drain waits for us, and we for nobody it holds back
                 self.copy_range(offset, length, buffer[at : at + length])
-            if self._counted:
-                self._progress.advance(length)
+            self._progress.advance(length)
 
     def copy_range(self, offset: int, length: int, buffer: memoryview) -> None:
         """Copy what is marked in a range of whole pieces, by a thread whose request a drain waits for; waits for no drain."""
@@ -147,17 +144,23 @@ class DirtyCopy(BlockCopy):
 
     def _copy_taken(self, offset: int, length: int, buffer: memoryview) -> None:
         writes = []
+        copied = 0
         for start, n, what in self._from.runs(offset, length):
             if what == ZERO:
                 writes.append(self.zeroes(start, n))
                 continue
             view = buffer[start - offset : start - offset + n]
             self._read(start, view)
+            copied += n
             self._add_writes(writes, start, view)
         if self._compression is not None:
             compress = self._compression.compressor.compress
             writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
         self._write(writes, _nothing)
+        written = sum(write.length for write in writes if write.data is not None)
+        with self._lock:
+            self.bytes_read += copied
+            self.bytes_written += written
 
 
 class Placement:
