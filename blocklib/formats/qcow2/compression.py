@@ -17,13 +17,11 @@ from blocklib.formats.qcow2.deflate import Packed
 from blocklib.node import check_level
 
 if TYPE_CHECKING:
-    from zstandard import ZstdDecompressor
+    from zstandard import ZstdCompressor, ZstdDecompressor
 
 _DEFAULT_ZSTD_LEVEL: Final = 3
 _UNKNOWN_SIZE: Final = -1
 """What zstandard answers for a frame that does not announce its size."""
-
-_per_thread = threading.local()
 
 
 class Compressor:
@@ -83,9 +81,7 @@ class Compressor:
     def _streams(self, clusters: list[memoryview]) -> Packed:
         level = self._level
         if self.kind == "zstd":
-            import zstandard
-
-            made: Iterable[bytes] = map(zstandard.ZstdCompressor(level=level or _DEFAULT_ZSTD_LEVEL).compress, clusters)
+            made: Iterable[bytes] = map(_zstd_compressor(level or _DEFAULT_ZSTD_LEVEL).compress, clusters)
         else:
             assert level is not None
             made = (deflate.deflate(cluster, level) for cluster in clusters)
@@ -162,13 +158,32 @@ def _unzstd(data: bytes | bytearray | memoryview, cluster_size: int, host_offset
         raise _damaged(host_offset, str(exc), node) from exc
 
 
-def _zstd_decompressor() -> ZstdDecompressor:
-    """This thread's own: making one takes as long as decompressing a cluster."""
-    made: ZstdDecompressor | None = getattr(_per_thread, "decompressor", None)
+class _Zstd(threading.local):
+    """What each thread has of its own: making one takes as long as the work on a cluster."""
+
+    def __init__(self) -> None:
+        self.compressors: dict[int, ZstdCompressor] = {}
+        self.decompressor: ZstdDecompressor | None = None
+
+
+_zstd = _Zstd()
+
+
+def _zstd_compressor(level: int) -> ZstdCompressor:
+    made = _zstd.compressors.get(level)
     if made is None:
         import zstandard
 
-        made = _per_thread.decompressor = zstandard.ZstdDecompressor()
+        made = _zstd.compressors[level] = zstandard.ZstdCompressor(level=level)
+    return made
+
+
+def _zstd_decompressor() -> ZstdDecompressor:
+    made = _zstd.decompressor
+    if made is None:
+        import zstandard
+
+        made = _zstd.decompressor = zstandard.ZstdDecompressor()
     return made
 
 
