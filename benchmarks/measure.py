@@ -25,8 +25,6 @@ _SCRIPT = "import sys\nfrom blocklib.cli.main import main\nsys.exit(main())\n"
 
 BUDGET = 60.0
 """Seconds that the rounds of one case may take."""
-_LONG = 5.0
-"""Seconds beside which reading an image from the disk is little."""
 
 
 class BenchmarkError(Exception):
@@ -79,15 +77,23 @@ class Runner:
         self._script = images.folder / f"scratch-{os.getpid()}-script" / "blocklib"
         self._script.parent.mkdir()
         self._script.write_text(_SCRIPT)
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
+            "PYTHONPATH": str(ROOT),
+            "LC_ALL": "C",
+        }
         self._launcher = subprocess.Popen(
             [sys.executable, "-S", "-E", str(Path(__file__).with_name("launcher.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None,
             text=True,
-            env={**environment, "PYTHONPATH": str(ROOT), "LC_ALL": "C"},
+            env=self.environment,
         )
+
+    def folder(self, side: str) -> Path:
+        """Where the commands of `side` run."""
+        return self._scratch[side]
 
     def prepare(self, side: str, copies: Iterable[tuple[str, str]]) -> None:
         """Empty the folder of `side` and copy images into it."""
@@ -157,7 +163,7 @@ class Comparison:
     """One case, measured round by round: `run_theirs`, `run_ours`, again and again, then `result`.
 
     Making one warms the page cache and the compiled modules: both sides run once, uncounted, and of the other side's
-    alternatives the fastest stays.
+    alternatives the fastest stays.  Not so for a case that is long: its first round counts.
     """
 
     def __init__(self, runner: Runner, case: Case) -> None:
@@ -165,16 +171,20 @@ class Comparison:
         self._runner = runner
         self._ours: list[Sample] = []
         self._theirs: list[Sample] = []
-        # The very first run also reads the images into the page cache, so what looks slowest has a second chance.
-        trials = [(self._run_theirs(steps).seconds, steps) for steps in case.theirs]
-        if len(trials) > 1 and trials[0][0] < _LONG:
-            trials.append((self._run_theirs(case.theirs[0]).seconds, case.theirs[0]))
-        seconds, self._chosen = min(trials)
+        self._chosen = case.theirs[0]
+        self._pair_seconds = 0.0
+        if case.long:
+            return
+        # The very first run also reads the images into the page cache, so the first alternative has a second chance.
+        alternatives = (*case.theirs, case.theirs[0]) if len(case.theirs) > 1 else case.theirs
+        seconds, self._chosen = min((self._run_theirs(steps).seconds, steps) for steps in alternatives)
         runner.prepare("ours", case.copies)
         self._pair_seconds = seconds + runner.run("ours", case.ours).seconds
 
     def rounds(self, budget: float) -> int:
         """As many as the case asks for, fewer where they would take more than `budget` seconds, at least one."""
+        if self.case.long:
+            return self.case.rounds if budget >= BUDGET else 1
         return max(1, min(self.case.rounds, int(budget / self._pair_seconds)))
 
     def run_theirs(self) -> None:

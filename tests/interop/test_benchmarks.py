@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from benchmarks.cases import CASES, QUICK, TABLE, Case
+from benchmarks.costs import count
+from benchmarks.document import PAGE, plots, sections
 from benchmarks.environments import RECIPES_BY_NAME, Images
-from benchmarks.measure import Comparison, Result, Runner
+from benchmarks.measure import Comparison, Result, Runner, Sample
 from benchmarks.qcow2_writer import write_image
 from benchmarks.report import HEADING, line, missed
 from tests.programs import Program
@@ -83,6 +86,40 @@ def test_a_result_says_which_targets_it_misses(small_runner: Runner) -> None:
     assert missed(replace(SMALL["check-full"], target=1e-9, peak_mib=1), result) == ["SLOWER", "PEAK>1"]
     assert missed(replace(SMALL["check-full"], target=1e9, peak_mib=10_000), result) == []
     assert len(HEADING.split()) == 9
+
+
+def test_saved_results_become_tables_and_plots() -> None:
+    sample = Sample(0.5, 0.25, 3 * MiB)
+    results = {case.name: Result(case.name, sample, replace(sample, seconds=1.0), 3, "") for case in CASES}
+    costs = {"raw-qcow2": {"ours": {"read": [7, 2 * MiB]}, "theirs": {"seek": [1234, 0]}}}
+    made = sections({"cores": 2}, results, {"test_readinto": 4e-6}, costs)
+    assert made["machine"] == "- cores: 2\n"
+    assert made["targets"].count("| **0.50** |") == len(TABLE)
+    assert "| `deflate` | **0.50** | 0.2, 256 MiB | missed |" in made["targets"]
+    assert "| `readinto` | 4.00 |" in made["requests"]
+    assert "| `raw-qcow2` | blocklib | 7 (2.0 MiB) |" in made["costs"]
+    for name in made:
+        assert PAGE.read_text().count(f"<!-- begin {name} -->") == PAGE.read_text().count(f"<!-- end {name} -->") == 1
+    for name, svg in plots(results).items():
+        assert f"(plots/{name})" in PAGE.read_text()
+        assert len(ElementTree.fromstring(svg).findall("{*}polyline")) >= 4
+
+
+def test_calls_on_image_files_are_counted_whether_they_are_interrupted_in_the_log_or_not() -> None:
+    lines = [
+        '10 pread64(3</images/a>, ""..., 4096, 0) = 4096',
+        '11 preadv(3</images/a>, [{iov_base=""..., iov_len=4096}], 1, 0 <unfinished ...>',
+        '10 read(4</usr/lib/x>, ""..., 832) = 832',
+        '11 <... preadv resumed>) = 512',
+        "10 lseek(3</images/a>, 0, SEEK_HOLE) = 65536",
+        "10 fdatasync(3</images/a> <unfinished ...>",
+        "10 <... fdatasync resumed>) = 0",
+        "11 <... lseek resumed>) = 7",
+        '10 pwrite64(3</images/a>, ""..., 512, 0) = -1 EIO (Input/output error)',
+    ]
+    calls, moved = count(lines, "/images")
+    assert calls == {"read": 2, "seek": 1, "flush": 1, "write": 1}
+    assert (moved["read"], moved["write"]) == (4608, 0)
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 16, 21])
