@@ -1,9 +1,10 @@
-"""Single requests inside one process, beside the system call that none can do without."""
+"""Requests inside one process, single and by the batch, beside the system call that none can do without."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.benchmark(group="one request of 4 KiB from the page cac
 @pytest.fixture
 def offsets() -> Iterator[int]:
     return cycle(OFFSETS)
+
+
+@pytest.fixture
+def batches() -> Callable[[int], Iterator[array[int]]]:
+    """Offsets by the batch, again and again."""
+    return lambda depth: cycle([array("q", OFFSETS[first : first + depth]) for first in range(0, len(OFFSETS), depth)])
 
 
 @pytest.fixture
@@ -61,3 +68,25 @@ def test_read(benchmark: BenchmarkFixture, images: Images, offsets: Iterator[int
 def test_write(benchmark: BenchmarkFixture, writable: blocklib.Disk, offsets: Iterator[int]) -> None:
     data = bytes(LENGTH)
     benchmark.pedantic(lambda: writable.write(next(offsets), data), rounds=ROUNDS, iterations=ITERATIONS)
+
+
+@pytest.mark.parametrize("image", ["dense-64k.qcow2", "depth-8.qcow2", "depth-64.qcow2"])
+@pytest.mark.parametrize("depth", [64, 1024])
+def test_read_batch(
+    benchmark: BenchmarkFixture, images: Images, batches: Callable[[int], Iterator[array[int]]], image: str, depth: int
+) -> None:
+    batch = batches(depth)
+    out = bytearray(depth * LENGTH)
+    with blocklib.open(images[image], format="qcow2", references="allow") as disk:
+        benchmark.extra_info["requests"] = depth
+        benchmark.pedantic(lambda: disk.read_batch(next(batch), LENGTH, out), rounds=ROUNDS, iterations=20)
+
+
+@pytest.mark.parametrize("depth", [64, 1024])
+def test_write_batch(
+    benchmark: BenchmarkFixture, writable: blocklib.Disk, batches: Callable[[int], Iterator[array[int]]], depth: int
+) -> None:
+    batch = batches(depth)
+    data = bytes(depth * LENGTH)
+    benchmark.extra_info["requests"] = depth
+    benchmark.pedantic(lambda: writable.write_batch(next(batch), data), rounds=ROUNDS, iterations=20)
