@@ -14,7 +14,7 @@ from benchmarks.machine import facts
 from benchmarks.measure import BUDGET, ROOT, Result, Runner
 from benchmarks.report import HEADING, line
 
-_QUICK_BUDGET = 8.0
+_QUICK_BUDGET = 5.0
 _results = pytest.StashKey[list[Result]]()
 
 

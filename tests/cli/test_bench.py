@@ -51,6 +51,11 @@ def test_it_prints_what_qemu_img_prints(blocklib: CommandLine, qemu_img: Program
     assert _timeless(blocklib(*arguments)) == _timeless(qemu_img(*arguments))
 
 
+def test_called_as_qemu_img_it_is_the_same_command(qemu_img: Program, image: str) -> None:
+    arguments = ["bench", "-f", "qcow2", "-c", "10", image]
+    assert _timeless(CommandLine("qemu-img")(*arguments)) == _timeless(qemu_img(*arguments))
+
+
 def test_it_writes_what_qemu_img_writes(blocklib: CommandLine, qemu_img: Program, here: Path) -> None:
     words = ["-c", "300", "-d", "5", "-s", "3000", "-S", "54321", "-o", "777", "-w", "--pattern=65"]
     for name in ("ours", "theirs"):
