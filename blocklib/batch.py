@@ -102,6 +102,14 @@ class _Pool:
 _pool: Final = _Pool()
 
 
+def expect(requests: int, *, writing: bool) -> None:
+    """So many requests will come in batches: what pays for all of them is loaded now, and not after some have gone by."""
+    if writing:
+        placing.are_ready(requests)
+    else:
+        lookups.are_ready(requests)
+
+
 def read(node: Node, requests: Requests) -> dict[int, BlocklibError]:
     """Fill the memory of all requests, which lie inside the node; the failures by the number of the request."""
 

@@ -58,18 +58,14 @@ _COPIED = U64(1 << 63)
 _NOT_COPIED = U64((1 << 63) - 1)
 _COMPRESSED = U64(1 << 62)
 _ZERO = U64(1)
-_SAVED: Final = 4000
-"""Nanoseconds that the kernels save a request."""
+_SAVED_BY_READ: Final = 4000
+_SAVED_BY_WRITE: Final = 7000
+"""Nanoseconds that the kernels save a request; one that needs a cluster saves more."""
 
 
-def expect(requests: int) -> None:
-    """So many requests will come: whether the kernels pay is decided by all of them."""
-    _lay_out.worth(requests * _SAVED)
-
-
-def are_ready(requests: int) -> bool:
-    """Whether the kernels are here, or worth to be loaded for so many requests."""
-    return _lay_out.worth(requests * _SAVED) is not None
+def are_ready(requests: int, *, writing: bool = False) -> bool:
+    """Whether the kernels are here, or worth to be loaded for so many requests, and those that have been before."""
+    return _lay_out.worth(requests * (_SAVED_BY_WRITE if writing else _SAVED_BY_READ)) is not None
 
 
 def lay_out(work: Work, offsets: Pointer, first: int, stop: int, length: int, address: int) -> None:

@@ -77,7 +77,7 @@ def look_up_places(
 
 def are_ready(requests: int) -> bool:
     """As `lookups.are_ready`, of the kernels for writing."""
-    return lookups.are_ready(requests) and bool(family.load())
+    return lookups.are_ready(requests, writing=True) and bool(family.load())
 
 
 def make_rows(work: Work, cluster_bits: int, slice_bits: int, most_rows: int, most_tables: int, alignment: int) -> int:

@@ -97,6 +97,10 @@ def run(session: Session, given: Given) -> int:
         if interval:
             print(f"Sending flush every {interval} requests")
         at_once = min(depth, count, max(1, _MOST_BYTES // max(length, 1)))
+        if at_once > 1:
+            from blocklib import batch
+
+            batch.expect(count, writing=writing)
         send = _writer(disk, length, at_once, pattern) if writing else _reader(disk, length, at_once)
         began = time.perf_counter()
         for first, number, flush in batches(count, at_once, interval, drain=not given.has("--no-drain")):

@@ -29,7 +29,7 @@ def the_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         lookups.family.load()
         assert placing.are_ready(1_000_000)
     else:
-        monkeypatch.setattr(lookups, "are_ready", lambda _requests: False)
+        monkeypatch.setattr(lookups, "are_ready", lambda _requests, writing=False: False)
     return str(request.param)
 
 
