@@ -152,8 +152,7 @@ class Server:
             raise NameNotFoundError(f"there is no export named {name!r}")
         house.loop.call(lambda: house.dismiss(exported))
         with house.changed:
-            house.changed.wait_for(lambda: not house.clients.get(exported))
-            house.clients.pop(exported, None)
+            house.changed.wait_for(lambda: exported not in house.clients)
         _release([exported])
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -38,10 +38,21 @@ _TURN: Final = 4 << 20
 _SMALL: Final = 16 << 10
 """A read of at most so many bytes is done at once, by the loop's thread, while storage answers fast."""
 _SMALL_AT_ONCE: Final = 64
+_MEDIUM: Final = 1 << 20
+"""And so is a longer one, or a write, that has at most so many bytes, unless clients of another disk would have to wait."""
 _SLOW: Final = 0.000_3
 """Seconds for one small read, on average, that say that storage is slow."""
-_SLOW_READS: Final = 512
-"""So many small reads go to other threads then, until the next look."""
+_SLOW_MEDIUM: Final = 0.004
+"""And for one that is longer."""
+_SLOW_REQUESTS: Final = 512
+"""So many requests go to other threads then, until the next look."""
+_TOGETHER: Final = 16
+"""Replies without data that wait for each other."""
+_SPARE: Final = 2
+"""Buffers that one connection keeps for the next writes, 1 MiB each at most."""
+_QUICK: Final = frozenset({wire.NBD_CMD_READ, wire.NBD_CMD_WRITE, wire.NBD_CMD_WRITE_ZEROES})
+_AHEAD: Final = 2 << 20
+"""Bytes of replies that wait for the client to take them, before more is read for it."""
 
 
 class Connection:
@@ -58,6 +69,7 @@ class Connection:
         terms: Terms,
         trailing: bytes,
         closed: Callable[[Connection], object],
+        alone: Callable[[], bool],
     ) -> None:
         self.exported = exported
         self.peer = peer
@@ -65,15 +77,20 @@ class Connection:
         self._pool = pool
         self._limits = limits
         self._closed_call = closed
+        self._alone = alone
         self._sock = sock
         self._fd = sock.fileno()
         self._tls = isinstance(sock, ssl.SSLSocket)
-        self._tx = ServerTransmission(terms, trailing, max_payload=limits.request_bytes)
+        self._tx = ServerTransmission(terms, trailing, allocate=self._allocate, max_payload=limits.request_bytes)
         self._worker = Worker(exported, self._tx, send_files=not self._tls)
         # Of the loop's thread alone:
         self._waiting: deque[Request] = deque()
         self._finishing = False
-        self._slow_reads = 0
+        self._slow_requests = 0
+        self._replies: list[Piece] = []
+        """Replies of this turn, sent together: each sending wakes the client up, which costs more than the request."""
+        self._spare: list[bytearray] = []
+        """Buffers of writes that are done, for the next ones."""
         # Of all threads:
         self._lock = threading.Lock()  # guards what follows; not held while sending
         self._jobs = 0
@@ -154,11 +171,28 @@ class Connection:
         except (OSError, RemoteProtocolError) as exc:
             self._break(exc)
             self._settle()
+        finally:
+            self._send_replies()
+
+    def _allocate(self, length: int) -> bytearray:
+        """The buffer for what is to be written: one that was used, or a new one, which has to be cleared first."""
+        if length > _MEDIUM or length <= _SMALL:
+            return bytearray(length)
+        for index, buffer in enumerate(self._spare):
+            if len(buffer) >= length:
+                return self._spare.pop(index)
+        return bytearray(1 << (length - 1).bit_length())
+
+    def _send_replies(self) -> None:
+        if self._replies:
+            replies, self._replies = self._replies, []
+            self._send(replies)
 
     def _resume(self) -> None:
         """Something has changed that requests, or the end, may have waited for."""
         self._advance()
         self._receive()
+        self._send_replies()
 
     def _advance(self) -> None:
         """Begin all requests that there is room for."""
@@ -169,21 +203,27 @@ class Connection:
                 self._stalled = bool(waiting) and not self._has_room(waiting[0])
             if self._stalled:
                 break
+        if self._stalled or self._finishing:
+            self._send_replies()
         self._settle()
 
     def _has_room(self, request: Request) -> bool:
         """Whether one more request may begin.  Always so when nothing is in the way that will be gone one day."""
+        if request.command == wire.NBD_CMD_READ and self._output_bytes > _AHEAD:
+            return False
         buffered = self._job_bytes + self._output_bytes
         return self._jobs < self._limits.requests and (
             not buffered or buffered + _payload(request) <= self._limits.buffered_bytes
         )
 
     def _begin_requests(self) -> None:
-        waiting, fast = self._waiting, self._slow_reads == 0
+        waiting, fast = self._waiting, self._slow_requests == 0
+        longest = (_MEDIUM if self._alone() else _SMALL) if fast else -1
         small: list[Request] = []
         while waiting:
             request = waiting[0]
-            if request.command == wire.NBD_CMD_READ and request.length <= _SMALL and fast and not request.error:
+            command, length = request.command, request.length
+            if command == wire.NBD_CMD_READ and length <= _SMALL and fast and not request.error:
                 small.append(waiting.popleft())
                 if len(small) == _SMALL_AT_ONCE:
                     break
@@ -193,11 +233,23 @@ class Connection:
             waiting.popleft()
             if request.error:
                 self._send([self._tx.error(request, request.error, request.message)])
-            elif request.command == wire.NBD_CMD_DISC:
+            elif command == wire.NBD_CMD_DISC:
                 self._finishing = True
+            elif command in _QUICK and length <= longest and not request.flags & wire.NBD_CMD_FLAG_FUA:
+                begin = perf_counter()
+                pieces = self._worker.do(request)
+                if perf_counter() - begin > _SLOW_MEDIUM:
+                    self._slow_requests = _SLOW_REQUESTS
+                    longest = -1
+                self._replies += pieces
+                if command == wire.NBD_CMD_READ or len(self._replies) >= _TOGETHER:
+                    self._send_replies()
+                elif command == wire.NBD_CMD_WRITE and length > _SMALL and len(self._spare) < _SPARE:
+                    assert request.data is not None
+                    self._spare.append(request.data.obj)  # type: ignore[arg-type]
+                    request.data = None
             else:
-                if not fast and request.length <= _SMALL:
-                    self._slow_reads = max(0, self._slow_reads - 1)
+                self._slow_requests = max(0, self._slow_requests - 1)
                 with self._lock:
                     self._jobs += 1
                     self._job_bytes += _payload(request)
@@ -206,7 +258,7 @@ class Connection:
             begin = perf_counter()
             replies = self._worker.read_small(small)
             if perf_counter() - begin > _SLOW * len(small):
-                self._slow_reads = _SLOW_READS
+                self._slow_requests = _SLOW_REQUESTS
             self._send([replies])
 
     def _settle(self) -> None:

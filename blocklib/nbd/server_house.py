@@ -174,12 +174,17 @@ class House:
             terms,
             trailing,
             self._has_left,
+            self._is_one_disk,
         )
         self._connections.add(connection)
         with self.changed:
             self.clients[exported] = self.clients.get(exported, 0) + 1
         _log.info("%s: uses the export %r", negotiation.peer, exported.name)
         connection.start(unsent)
+
+    def _is_one_disk(self) -> bool:
+        """Whether all clients work with one disk, so that nobody is hurt by another's slow storage."""
+        return len(self.clients) == 1
 
     def left(self, negotiation: Negotiation) -> None:
         """A handshake came to nothing."""
@@ -191,7 +196,11 @@ class House:
     def _has_left(self, connection: Connection) -> None:
         self._connections.discard(connection)
         with self.changed:
-            self.clients[connection.exported] -= 1
+            left = self.clients[connection.exported] - 1
+            if left:
+                self.clients[connection.exported] = left
+            else:
+                del self.clients[connection.exported]
             self.changed.notify_all()
         _log.info("%s: has left", connection.peer)
         if not self._persistent and not self._connections and not self._negotiations:

@@ -130,6 +130,7 @@ def test_qemu_io_finds_every_command_working(socket_path: Path, tmp_path: Path, 
             "read -P 0 512k 128k",
             "read -P 0 768k 64k",
             "aio_write -P 3 2M 1M",
+            "aio_flush",
             "aio_read -P 3 2M 1M",
             "aio_flush",
         )
