@@ -6,6 +6,7 @@ import errno
 import hashlib
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import blocklib
 from blocklib.errors import OptionError, ReadOnlyError, RequestError, StorageError
+from blocklib.options import OptionValue
 from blocklib.sizes import KiB, MiB
 from tests.cli.running import CommandLine
 from tests.nbd_servers import free_port, kill_server, nbdkit_at, qemu_nbd_at, uri_of
@@ -352,7 +354,7 @@ def test_without_a_delay_a_lost_server_fails_every_request(tmp_path: Path, nbdki
 
 def test_with_a_delay_requests_go_on_with_a_new_server(tmp_path: Path, nbdkit: Program) -> None:
     with nbdkit_at(nbdkit, tmp_path, "memory", SIZE) as uri:
-        options: dict[str, blocklib.options.OptionValue] = {"file.reconnect-delay": 60}
+        options: dict[str, OptionValue] = {"file.reconnect-delay": 60}
         disk = blocklib.open(uri, "r+", format="raw", options=options)
         disk.write(0, b"gone with the memory, but not flushed")
         disk.write_zeroes(4 * KiB, 4 * KiB)
@@ -365,8 +367,6 @@ def test_with_a_delay_requests_go_on_with_a_new_server(tmp_path: Path, nbdkit: P
 
 
 def test_opening_waits_for_a_server_that_appears(tmp_path: Path, image: Path, qemu_nbd: Program) -> None:
-    import threading
-
     opened: list[bytes] = []
 
     def read() -> None:
@@ -400,3 +400,48 @@ def test_a_socket_that_is_open_already_is_used(tmp_path: Path, image: Path, qemu
         sock.connect(str(tmp_path / "nbd.sock"))
         with blocklib.open({"driver": "nbd", "server.type": "fd", "server.str": str(sock.fileno())}) as disk:
             assert disk.read(0, 4) == b"\1\1\1\1"
+
+
+def test_threads_go_on_while_their_server_is_killed_again_and_again(tmp_path: Path, nbdkit: Program) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    pieces = SIZE // 8
+    models = [bytearray(pieces) for _ in range(8)]
+    failures: list[BaseException] = []
+    stop = threading.Event()
+    options: dict[str, OptionValue] = {"file.reconnect-delay": 60}
+
+    def work(disk: blocklib.Disk, number: int) -> None:
+        source = random.Random(number)
+        model = models[number]
+        try:
+            while not stop.is_set():
+                offset = source.randrange(pieces - 70_000)
+                length = source.choice([512, 4096, 70_000])
+                if source.random() < 0.6:
+                    data = source.randbytes(length)
+                    disk.write(number * pieces + offset, data)
+                    model[offset : offset + length] = data
+                else:
+                    assert disk.read(number * pieces + offset, length) == model[offset : offset + length]
+        except BaseException as exc:
+            failures.append(exc)
+            raise
+
+    with nbdkit_at(nbdkit, tmp_path, "file", path) as uri:
+        disk = blocklib.open(uri, "r+", format="raw", options=options)
+        threads = [threading.Thread(target=work, args=(disk, number)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            disk.read(0, 512)
+            kill_server(tmp_path / "nbd.pid")
+            (tmp_path / "nbd.sock").unlink()
+            nbdkit("-P", tmp_path / "nbd.pid", "-U", tmp_path / "nbd.sock", "file", path)
+        disk.read(0, 512)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        disk.close()
+    assert not failures
+    assert path.read_bytes() == b"".join(models)
