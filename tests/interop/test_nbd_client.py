@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import random
 import socket
 import threading
@@ -17,7 +16,7 @@ from blocklib.errors import OptionError, ReadOnlyError, RequestError, StorageErr
 from blocklib.options import OptionValue
 from blocklib.sizes import KiB, MiB
 from tests.cli.running import CommandLine
-from tests.nbd_servers import free_port, kill_server, nbdkit_at, qemu_nbd_at, uri_of
+from tests.nbd_servers import NbdKit, free_port, nbdkit_at, qemu_nbd_at, uri_of
 from tests.programs import Argument, Program
 
 SIZE = 8 * MiB
@@ -338,14 +337,14 @@ def test_a_server_that_is_not_there_is_a_storage_error(tmp_path: Path, cli: Comm
 
 
 def test_without_a_delay_a_lost_server_fails_every_request(tmp_path: Path, nbdkit: Program) -> None:
-    with nbdkit_at(nbdkit, tmp_path, "memory", SIZE) as uri:
-        disk = blocklib.open(uri, "r+", format="raw")
+    with NbdKit(nbdkit, tmp_path, "memory", SIZE) as server:
+        disk = blocklib.open(server.uri, "r+", format="raw")
         disk.write(0, b"x")
-        kill_server(tmp_path / "nbd.pid")
+        server.kill()
         with pytest.raises(StorageError) as caught:
             disk.read(0, 512)
         assert caught.value.errno == errno.EIO
-    with nbdkit_at(nbdkit, tmp_path, "memory", SIZE):
+    with NbdKit(nbdkit, tmp_path, "memory", SIZE):
         with pytest.raises(StorageError):
             disk.write(0, b"x")
         with pytest.raises(StorageError):
@@ -353,13 +352,12 @@ def test_without_a_delay_a_lost_server_fails_every_request(tmp_path: Path, nbdki
 
 
 def test_with_a_delay_requests_go_on_with_a_new_server(tmp_path: Path, nbdkit: Program) -> None:
-    with nbdkit_at(nbdkit, tmp_path, "memory", SIZE) as uri:
+    with NbdKit(nbdkit, tmp_path, "memory", SIZE) as server:
         options: dict[str, OptionValue] = {"file.reconnect-delay": 60}
-        disk = blocklib.open(uri, "r+", format="raw", options=options)
+        disk = blocklib.open(server.uri, "r+", format="raw", options=options)
         disk.write(0, b"gone with the memory, but not flushed")
         disk.write_zeroes(4 * KiB, 4 * KiB)
-        kill_server(tmp_path / "nbd.pid")
-    with nbdkit_at(nbdkit, tmp_path, "memory", SIZE):
+    with NbdKit(nbdkit, tmp_path, "memory", SIZE):
         disk.write(1 * MiB, b"later")
         assert disk.read(0, 37) == b"gone with the memory, but not flushed", "what was not flushed is written again"
         assert disk.read(1 * MiB, 5) == b"later"
@@ -382,17 +380,11 @@ def test_opening_waits_for_a_server_that_appears(tmp_path: Path, image: Path, qe
     assert opened == [b"\1\1\1\1"]
 
 
-def test_a_server_that_exits_with_its_last_client_is_not_kept(tmp_path: Path, nbdkit: Program) -> None:
-    with nbdkit_at(nbdkit, tmp_path, "--filter=exitlast", "pattern", SIZE) as uri:
-        with blocklib.open(uri, format="raw") as disk:
-            assert hashlib.sha256(disk.read(0, SIZE)).digest()
-        pid_file = tmp_path / "nbd.pid"
-        if pid_file.exists():
-            kill_server(pid_file) if _is_alive(int(pid_file.read_text())) else pid_file.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").exists()
+def test_closing_lets_a_server_go_that_exits_with_its_last_client(tmp_path: Path, nbdkit: Program) -> None:
+    with NbdKit(nbdkit, tmp_path, "--filter=exitlast", "pattern", SIZE) as server:
+        with blocklib.open(server.uri, format="raw") as disk:
+            assert disk.read(SIZE - 8, 8) == (SIZE - 8).to_bytes(8, "big")
+        assert server.wait() == 0
 
 
 def test_a_socket_that_is_open_already_is_used(tmp_path: Path, image: Path, qemu_nbd: Program) -> None:
@@ -428,20 +420,22 @@ def test_threads_go_on_while_their_server_is_killed_again_and_again(tmp_path: Pa
             failures.append(exc)
             raise
 
-    with nbdkit_at(nbdkit, tmp_path, "file", path) as uri:
-        disk = blocklib.open(uri, "r+", format="raw", options=options)
+    server = NbdKit(nbdkit, tmp_path, "file", path)
+    try:
+        disk = blocklib.open(server.uri, "r+", format="raw", options=options)
         threads = [threading.Thread(target=work, args=(disk, number)) for number in range(8)]
         for thread in threads:
             thread.start()
         for _ in range(4):
             disk.read(0, 512)
-            kill_server(tmp_path / "nbd.pid")
-            (tmp_path / "nbd.sock").unlink()
-            nbdkit("-P", tmp_path / "nbd.pid", "-U", tmp_path / "nbd.sock", "file", path)
+            server.kill()
+            server = NbdKit(nbdkit, tmp_path, "file", path)
         disk.read(0, 512)
         stop.set()
         for thread in threads:
             thread.join()
         disk.close()
+    finally:
+        server.kill()
     assert not failures
     assert path.read_bytes() == b"".join(models)
