@@ -138,8 +138,8 @@ def _swapped(word: Any) -> Any:
 @family.helper
 def _is_one(stored: Any, size: int, index: int) -> bool:
     at = index * size
-    others = 0
-    for place in range(at + 1, at + size):
+    others = i64(stored[at + size - 1]) if size > 1 else 0  # all of them, where counts have the usual 16 bits
+    for place in range(at + 1, at + size - 1):
         others |= i64(stored[place])
     return stored[at] == 1 and others == 0
 
@@ -225,10 +225,11 @@ def _walk(
 
 @family.kernel("i64(u8*, i64, u32*, i64, u64, i64*)")
 def _agree(stored: Any, size: int, counts: Any, n: int, most: Any, last: Any) -> int:
+    last_shift = U64(8 * (size - 1))
     for index in range(n):
         at = index * size
-        there: Any = _NONE
-        for place in range(size):
+        there: Any = U64(stored[at]) | (U64(stored[at + size - 1]) << last_shift)  # all of it, up to the usual 16 bits
+        for place in range(1, size - 1):
             there = there | (U64(stored[at + place]) << U64(8 * place))
         if there != min(U64(counts[index]), most):
             return 0

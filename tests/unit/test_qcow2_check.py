@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from blocklib._fast import check as kernels
 from blocklib._fast.kernel import Kernel
-from blocklib.errors import ImageError, ImageLimitError
+from blocklib.errors import ImageError, ImageLimitError, StorageError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.counts import (
     add_references,
@@ -552,3 +552,19 @@ def test_a_fragment_does_not_follow_its_predecessor_in_the_same_table(clusters: 
         if clusters[index][1] == clusters[index - 1][1] and clusters[index][0] != clusters[index - 1][0] + 1
     ]
     assert count_fragments(offsets, rows, 4096).tolist() == expected
+
+
+def test_a_table_that_cannot_be_read_ends_the_check_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocklib.formats.qcow2.check.l2._BATCH_BYTES", 1)
+    for bad in range(3):
+        image = Qcow2Bytes(n_l2=3)
+        read = image.read
+
+        def failing(offset: int, view: memoryview, bad: int = bad, image: Qcow2Bytes = image, read: Any = read) -> None:
+            if offset == image.l2[bad]:
+                raise StorageError("a bad sector", errno=5, operation="read")
+            read(offset, view)
+
+        image.read = failing  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="bad sector"):
+            check_with("compiled", image)

@@ -187,7 +187,7 @@ class Mapping:
     def entries(self, offset: int, length: int) -> int:
         """How many L2 entries there are for the range."""
         first, stop = offset >> self._l1_shift, (offset + length + (1 << self._l1_shift) - 1) >> self._l1_shift
-        present = self.l1[first:stop]
+        present = self.l1[zeroes_end(self.l1, first, min(stop, len(self.l1))) : stop]
         return (len(present) - present.count(0)) << self.geometry.l2_bits
 
     def index_in_slice(self, offset: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import threading
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from blocklib.formats.qcow2.check.counts import (
 from blocklib.reports import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from blocklib.formats.qcow2.check.scan import Scan
     from blocklib.formats.qcow2.check.stored import ImageFile
@@ -53,6 +54,39 @@ def _read_tables(file: ImageFile, offsets: U64Array, cluster_size: int, view: me
     breaks = (np.flatnonzero(np.diff(offsets) != np.uint64(cluster_size)) + 1).tolist()
     for first, stop in zip([0, *breaks], [*breaks, offsets.size]):
         file.read(int(offsets[first]), view[first * cluster_size : stop * cluster_size])
+
+
+_T = TypeVar("_T")
+
+
+def _one_ahead(make: Callable[[int], _T], n: int) -> Iterator[_T]:
+    """make(0) to make(n - 1): each is made, in a thread, while the one before is used."""
+    made: list[_T] = []
+    failed: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            made.append(make(number))
+        except BaseException as error:  # raised where the next one is taken
+            failed.append(error)
+
+    thread: threading.Thread | None = None
+    try:
+        for number in range(n):
+            if thread is None:
+                run(number)
+            else:
+                thread.join()
+            if failed:
+                raise failed[0]
+            one = made.pop()
+            if number + 1 < n:
+                thread = threading.Thread(target=run, args=(number + 1,), name="blocklib check")
+                thread.start()
+            yield one
+    finally:
+        if thread is not None:
+            thread.join()
 
 
 class Batch:
@@ -121,12 +155,18 @@ class L2Walk:
             scan.findings.add("check-error", "L2 tables", None, f"at most {scan.n_clusters} L2 tables", found)
             offsets = offsets[: scan.n_clusters]
         per_batch = max(1, _BATCH_BYTES >> geometry.cluster_bits)
-        raw = np.empty(min(per_batch, offsets.size) * geometry.cluster_size, dtype=np.uint8)
+        buffers = np.empty((2, min(per_batch, offsets.size) * geometry.cluster_size), dtype=np.uint8)
         fast = worth_walking(offsets.size << geometry.l2_bits) is not None
-        for start in range(0, offsets.size, per_batch):
+
+        def read(number: int) -> NDArray[np.uint8]:
+            part = offsets[number * per_batch : (number + 1) * per_batch]
+            tables = buffers[number & 1, : part.size * geometry.cluster_size]
+            _read_tables(scan.file, part, geometry.cluster_size, tables.data)
+            return tables
+
+        for number, tables in enumerate(_one_ahead(read, -(-offsets.size // per_batch))):
+            start = number * per_batch
             part = slice(start, start + per_batch)
-            tables = raw[: offsets[part].size * geometry.cluster_size]
-            _read_tables(scan.file, offsets[part], geometry.cluster_size, tables.data)
             if not (fast and self._walk_sound(offsets[part], uses[part], active_uses[part], tables)):
                 words = tables.view(">u8").astype(np.uint64)
                 self._walk(Batch(offsets[part], uses[part], active_uses[part], words, geometry))
