@@ -19,8 +19,8 @@ _ALL_PIECES: Final = 64 << 20
 """Bytes of the pieces that many threads have in memory together."""
 _MOST_THREADS: Final = 4
 """More bring nothing where bytes only pass through memory."""
-_MOST_THINKING: Final = 64
-"""Where they are compressed as well, each processor counts; this many buffers are enough."""
+_MOST_THINKING: Final = 40
+"""Where they are compressed as well, each processor counts, up to what fits into 256 MiB together."""
 
 
 def default_threads(*, thinking: bool = False) -> int:
