@@ -66,6 +66,9 @@ def _direct(name: str, about: str, words: str, *, copies: Copies = ()) -> Case:
     return Case(f"direct-{name}", f"{about}, O_DIRECT", (f"blocklib bench -i native {words}",), theirs, copies)
 
 
+FLAGS = ("-W -m 16", "-i io_uring", "-i native")
+"""What qemu-img may be faster with."""
+
 _RAW = "-f raw -O qcow2 {sixty.raw} out"
 _MAP = "map --output=json -f qcow2"
 _CHECK = "check -f qcow2"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ENVIRONMENTS, TABLE, Case
+from benchmarks.cases import ENVIRONMENTS, FLAGS, TABLE, Case
 from benchmarks.costs import COLUMNS
 from benchmarks.environments import CLUSTER_BITS, DEPTHS, FULL_SIZES, SCATTERED, VIRTUAL_SIZES
 from benchmarks.measure import ROOT, Result
@@ -81,7 +81,7 @@ def sections(
 
 
 def _table(cases: Iterable[Case], results: Mapping[str, Result], *, targets: bool) -> str:
-    head = ["workload", "case", "ratio", *(["at most", ""] if targets else []), "s", "CPU s", "MiB"]
+    head = ["workload", "case", "ratio", *(["at most", ""] if targets else []), "s", "CPU s", "MiB", "its flags"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in cases:
         result = results.get(case.name)
@@ -97,6 +97,7 @@ def _table(cases: Iterable[Case], results: Mapping[str, Result], *, targets: boo
             f"{ours.seconds:.3f} / {theirs.seconds:.3f}",
             f"{ours.cpu_seconds:.2f} / {theirs.cpu_seconds:.2f}",
             f"{ours.peak_bytes / 2**20:.0f} / {theirs.peak_bytes / 2**20:.0f}",
+            next((f"`{flags}`" for flags in FLAGS if flags in result.chosen), ""),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
