@@ -96,11 +96,11 @@ TABLE: tuple[Case, ...] = (
     replace(_same("check-full", "check, 1 TiB fully mapped", f"{_CHECK} {{full-1t.qcow2}}", target=0.6), peak_mib=400),
     _same("check-scattered", "check, 200,000 scattered clusters", f"{_CHECK} {{scattered-200k.qcow2}}", target=0.5),
     _same("map-full", "map, 1 TiB fully mapped", f"{_MAP} {{full-1t.qcow2}}", target=0.7),
-    _same("map-scattered", "map, 200,000 scattered clusters", f"{_MAP} {{scattered-200k.qcow2}}", target=0.7),
+    _same("map-scattered", "map, 200,000 scattered clusters", f"{_MAP} {{written-200k.qcow2}}", target=0.7),
     _same("compare", "compare raw and qcow2", "compare -f raw -F qcow2 {sixty.raw} {sixty.qcow2}", target=1.0),
     _same("measure", "measure a raw image", "measure -f raw -O qcow2 {sixty.raw}", target=1.0),
     _same("measure-full", "measure, 1 TiB fully mapped", f"{_MEASURE} {{full-1t.qcow2}}", target=1.0),
-    _same("measure-scattered", "measure, 200,000 scattered clusters", f"{_MEASURE} {{scattered-200k.qcow2}}", target=1.0),
+    _same("measure-scattered", "measure, 200,000 scattered clusters", f"{_MEASURE} {{written-200k.qcow2}}", target=1.0),
     _same("commit", "commit 256 MiB into a base", "commit -q -f qcow2 top.qcow2", copies=_TOP, target=1.0),
     _same(
         "rebase",
@@ -143,7 +143,7 @@ def _environments() -> tuple[Case, ...]:
             *(_same(f"{verb}-empty-{n}", f"{verb}, nothing in {n}", f"{words} {{empty-{n}.qcow2}}") for n in VIRTUAL_SIZES),
             *(_same(f"{verb}-full-{n}", f"{verb}, all of {n} mapped", f"{words} {{full-{n}.qcow2}}") for n in FULL_SIZES),
             *(
-                _same(f"{verb}-scattered-{n}", f"{verb}, {n} scattered clusters", f"{words} {{scattered-{n}.qcow2}}")
+                _same(f"{verb}-scattered-{n}", f"{verb}, {n} scattered holes", f"{words} {{scattered-{n}.qcow2}}")
                 for n in SCATTERED
             ),
         ]

@@ -125,6 +125,16 @@ def _scattered(count: int, _images: Images, path: Path) -> None:
     write_image(path, size, _random("scattered").choice(size // CLUSTER, count, replace=False).astype(np.uint64))
 
 
+def _written(count: int, _images: Images, path: Path) -> None:
+    """The same with data in the clusters, as a guest leaves it; not kept in the page cache, where other images are to be."""
+    size = 64 * GiB
+    clusters = _random("scattered").choice(size // CLUSTER, count, replace=False).astype(np.uint64)
+    write_image(path, size, clusters, fill=_pieces(count // 16, MiB, "written"))
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
 def _empty(size: int, _images: Images, path: Path) -> None:
     write_image(path, size, _all_clusters(0))
 
@@ -181,6 +191,7 @@ RECIPES_BY_NAME: dict[str, Recipe] = {
     "shuffled.qcow2": partial(_dense, 16, True),
     **{f"full-{name}.qcow2": partial(_full, size) for name, size in FULL_SIZES.items()},
     **{f"scattered-{name}.qcow2": partial(_scattered, count) for name, count in SCATTERED.items()},
+    "written-200k.qcow2": partial(_written, SCATTERED["200k"]),
     **{f"empty-{name}.qcow2": partial(_empty, size) for name, size in VIRTUAL_SIZES.items()},
     **_chain_recipes(),
     "overlay.qcow2": partial(_overlay, "dense-64k.qcow2"),
