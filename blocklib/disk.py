@@ -230,13 +230,13 @@ class Disk:
             raise batch.error_of(failures, pointer.length, "read_batch", node)
         return out
 
-    def read_at(self, places: Places, offset: int, view: memoryview) -> None:
-        """`readinto`, without looking up again what `places` remembers."""
+    def read_placed(self, runs: Sequence[tuple[int, memoryview]], places: Places) -> None:
+        """Fill several views, each from its guest offset, ascending, without looking up again what `places` remembers."""
         tracker = self._tracker
         tracker.enter()
         try:
-            node = self._checked(offset, len(view))
-            if not places.read(node, offset, view):
+            node = self._checked(runs[0][0], runs[-1][0] + len(runs[-1][1]) - runs[0][0])
+            for offset, view in places.read(node, runs):
                 plan.read(node, offset, view)
         finally:
             tracker.leave()

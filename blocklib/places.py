@@ -6,9 +6,10 @@ keeps its clusters; from then on every read looks up anew.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blocklib import status
 from blocklib._fast.extents import COMPRESSED, DATA, DEPTH_SHIFT, PLACED, SAID, ZERO, Rows
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from blocklib.graph import Edge
     from blocklib.node import Node
 
+_Moves: TypeAlias = "list[tuple[int, memoryview]]"
+"""(host offset, what to fill from there) each."""
+
+_MANY: Final = 32
+"""So many reads of a file are made by one call, without the interpreter's lock."""
 _REMEMBERED: Final = 1 << 18
 """Rows that are kept: more than all threads of a job can be at."""
 
@@ -43,15 +49,13 @@ class Places:
                 self._windows = tuple(kept)
             yield rows
 
-    def read(self, top: Node, offset: int, view: memoryview) -> bool:
-        """Fill `view` from guest `offset`; False, with nothing certain in it, where not all of that is known to live somewhere.
+    def read(self, top: Node, runs: Sequence[tuple[int, memoryview]]) -> Sequence[tuple[int, memoryview]]:
+        """Fill the view of each run from its guest offset; those that are left, with nothing certain in them.
 
         The caller is inside a request to the chain, which begins with `top` now.
         """
-        windows = self._windows
-        index = bisect_right(windows, offset, key=_start) - 1
-        if index < 0 or not self._are_known:
-            return False
+        if not self._windows or not self._are_known:
+            return runs
         entered = 0
         try:
             for node in self._writable:  # what they free from now on is not given to anybody else before we leave
@@ -60,8 +64,11 @@ class Places:
                 entered += 1
             if not self._hold(top):
                 self._are_known = False
-                return False
-            return self._read(windows, index, offset, view)
+                return runs
+            moves: list[_Moves] = [[] for _ in self._links]
+            left = [run for run in runs if not self._find(*run, moves)]
+            done = [_read_all(link.data, found) for link, found in zip(self._links, moves, strict=True)]
+            return left if all(done) else runs
         finally:
             for node in self._writable[:entered]:
                 assert node.tracker is not None
@@ -75,9 +82,12 @@ class Places:
             and self._layouts == [node.layout() for node in self._writable]
         )
 
-    def _read(self, windows: tuple[_Window, ...], index: int, offset: int, view: memoryview) -> bool:
+    def _find(self, offset: int, view: memoryview, moves: list[_Moves]) -> bool:
+        """Add to the moves of each image what is to be read from where; False where that is not all known."""
+        windows = self._windows
+        index = bisect_right(windows, offset, key=_start) - 1
         done, length = 0, len(view)
-        for window in windows[index:]:
+        for window in windows[index:] if index >= 0 else ():
             i = bisect_right(window.offsets, offset + done) - 1
             while done < length and i < len(window.offsets):
                 inside = offset + done - window.offsets[i]
@@ -85,10 +95,11 @@ class Places:
                 if n <= 0:
                     return False
                 word = window.words[i]
+                part = view if n == length else view[done : done + n]
                 if word & _KIND == DATA | PLACED:
-                    self._links[word >> DEPTH_SHIFT].data.read(window.places[i] + inside, view[done : done + n])
+                    moves[word >> DEPTH_SHIFT].append((window.places[i] + inside, part))
                 elif word & ZERO:
-                    zero_fill(view[done : done + n])
+                    zero_fill(part)
                 else:
                     return False
                 done += n
@@ -96,6 +107,23 @@ class Places:
             if done == length:
                 return True
         return False
+
+
+def _read_all(edge: Edge, moves: _Moves) -> bool:
+    """Make all moves; False where one failed, and reading it again will say how."""
+    leaf = edge.node
+    if len(moves) < _MANY or not leaf.is_leaf or leaf.request_alignment != 1:
+        for place, view in moves:
+            edge.read(place, view)
+        return True
+    from ctypes import addressof, c_char
+
+    offsets = array("q", [place for place, _view in moves])
+    lengths = array("q", [len(view) for _place, view in moves])
+    addresses = array("q", [addressof(c_char.from_buffer(view)) for _place, view in moves])
+    results = array("q", bytes(8 * len(moves)))
+    leaf.transfer(offsets, addresses, lengths, results, writing=False)
+    return not any(results)
 
 
 _KIND: Final = SAID & (DATA | PLACED | COMPRESSED | ZERO)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from blocklib.buffers import zero_fill
 from blocklib.errors import StorageError
 from blocklib.jobs.control import Control
 from blocklib.jobs.crew import Crew, default_threads, piece_size
-from blocklib.jobs.runs import COPY, SMALL_PIECE, ZERO, Piece, Run, pieces
+from blocklib.jobs.runs import COMPARE, COPY, SMALL_PIECE, ZERO, Piece, Run, pieces
 from blocklib.jobs.zero_runs import BlockScanner
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ class Reader(Protocol):
     """What is copied from: a disk, or several one after the other."""
 
     def readinto(self, offset: int, buffer: memoryview, /) -> None: ...
+
+
+@runtime_checkable
+class RunReader(Protocol):
+    """One that reads many runs, ascending, as fast as a few."""
+
+    def read_runs(self, runs: Sequence[tuple[int, memoryview]], /) -> None: ...
 
 
 class Writer(Protocol):
@@ -52,6 +59,16 @@ class _Write(NamedTuple):
     length: int
     data: memoryview | None  # None: zeroes
     packed: Packed | None = None
+
+
+def _read_runs(reader: Reader, runs: list[tuple[int, memoryview]]) -> None:
+    if not runs:
+        return
+    if isinstance(reader, RunReader):
+        reader.read_runs(runs)
+    else:
+        for offset, view in runs:
+            reader.readinto(offset, view)
 
 
 def _later() -> None:
@@ -126,21 +143,20 @@ class BlockCopy:
     # -- in a worker --------------------------------------------------------------------------------------------------
 
     def _do(self, piece: Piece, buffer: memoryview) -> None:
+        self._read_all([(offset, buffer[at : at + n]) for offset, n, what, at in piece.runs if what != ZERO])
+        other = buffer[self._piece :]
+        if self._shown is not None:
+            _read_runs(self._shown, [(start, other[at : at + n]) for start, n, what, at in piece.runs if what == COMPARE])
         writes: list[_Write] = []
         for offset, length, what, at in piece.runs:
+            view = buffer[at : at + length]
             if what == ZERO:
                 writes.append(_Write(offset, length, None))
-                continue
-            view = buffer[at : at + length]
-            self._read(offset, view)
-            if what == COPY:
+            elif what == COPY:
                 self._add_writes(writes, offset, view)
-                continue
-            other = buffer[self._piece + at : self._piece + at + length]
-            assert self._shown is not None
-            self._shown.readinto(offset, other)
-            for first, last in self._scanner.changed_parts(view, other, offset):
-                self._add_writes(writes, offset + first, view[first:last])
+            else:
+                for first, last in self._scanner.changed_parts(view, other[at : at + length], offset):
+                    self._add_writes(writes, offset + first, view[first:last])
         writes = self._packed(writes, piece.index)
         if self._unordered:
             self._write(writes, _later)
@@ -199,6 +215,15 @@ class BlockCopy:
                 self._compression.write(offset, data, packed, self._compression.compressor.unit)
         if runs:
             self._target.write_runs(runs, placed=placed)
+
+    def _read_all(self, runs: list[tuple[int, memoryview]]) -> None:
+        try:
+            _read_runs(self._source, runs)
+        except StorageError:
+            if not self._salvage:
+                raise
+            for offset, view in runs:
+                self._read(offset, view)
 
     def _read(self, offset: int, view: memoryview) -> None:
         try:

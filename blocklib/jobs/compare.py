@@ -97,10 +97,11 @@ class _Comparison:
     def _look(self, piece: Piece, buffer: memoryview) -> None:
         """In a worker: compare the runs of a piece up to the first difference."""
         a, b = self._wholes
+        for whole, memory in ((a, buffer), (b, buffer[PIECE:])):
+            if piece.runs:
+                whole.read_runs([(offset, memory[at : at + length]) for offset, length, _what, at in piece.runs])
         for offset, length, _what, at in piece.runs:
             view, other = buffer[at : at + length], buffer[PIECE + at : PIECE + at + length]
-            a.readinto(offset, view)
-            b.readinto(offset, other)
             for first, last in self._scanner.changed_parts(view, other, offset):
                 found = offset + next(i for i in range(first, last) if view[i] != other[i])
                 with self._lock:

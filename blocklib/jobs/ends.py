@@ -67,7 +67,11 @@ class Source:
 
     def readinto(self, offset: int, buffer: memoryview, /) -> None:
         """Fill `buffer` from `offset`."""
-        self._disk.read_at(self._places, offset, buffer)
+        self.read_runs([(offset, buffer)])
+
+    def read_runs(self, runs: Sequence[tuple[int, memoryview]], /) -> None:
+        """Fill each view from its offset; ascending."""
+        self._disk.read_placed(runs, self._places)
 
     def runs(self, length: int) -> Iterator[Run]:
         """As `runs_of`, over its first `length` bytes."""
@@ -103,17 +107,34 @@ class Concatenation:
             self.size += length
 
     def readinto(self, offset: int, buffer: memoryview, /) -> None:
-        """Fill `buffer` from `offset`; the range lies inside and may reach over several disks."""
-        done = 0
-        while done < len(buffer):
-            start, disk, length = self._parts[bisect_right(self._starts, offset + done) - 1]
-            inside = offset + done - start
-            part = buffer[done : done + length - inside]
-            if disk is None:
-                zero_fill(part)
-            else:
-                disk.readinto(inside, part)
-            done += len(part)
+        """Fill `buffer` from `offset`."""
+        self.read_runs([(offset, buffer)])
+
+    def read_runs(self, runs: Sequence[tuple[int, memoryview]], /) -> None:
+        """Fill each view from its offset; they are ascending, lie inside and may reach over several disks."""
+        index = bisect_right(self._starts, runs[0][0]) - 1 if runs else 0
+        waiting: list[tuple[int, memoryview]] = []
+        for offset, view in runs:
+            done = 0
+            while done < len(view):
+                start, disk, length = self._parts[index]
+                inside = offset + done - start
+                part = view[done : done + max(0, length - inside)]
+                if not len(part):  # the next one lies in another disk
+                    self._read_part(disk, waiting)
+                    index, waiting = index + 1, []
+                    continue
+                waiting.append((inside, part))
+                done += len(part)
+        if waiting:
+            self._read_part(self._parts[index][1], waiting)
+
+    def _read_part(self, disk: Source | None, runs: Sequence[tuple[int, memoryview]]) -> None:
+        if disk is not None and runs:
+            disk.read_runs(runs)
+        elif disk is None:
+            for _offset, view in runs:
+                zero_fill(view)
 
     def runs(self) -> Iterator[Run]:
         """As `runs_of`, over all of it."""

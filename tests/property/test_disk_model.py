@@ -112,7 +112,7 @@ class DiskMachine(RuleBasedStateMachine):
         found = self.disk.read(offset, length)
         assert not first_difference(found, self.top.content[offset : offset + length])
         buffer = bytearray(length)
-        self.disk.read_at(self.places, offset, memoryview(buffer))
+        self.disk.read_placed([(offset, memoryview(buffer))], self.places)
         assert not first_difference(buffer, self.top.content[offset : offset + length])
 
     @rule(data=st.data())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blocklib
 from blocklib import KiB, MiB, graph
 from blocklib.disk import Disk
+from blocklib.errors import StorageError
 from blocklib.filters.throttle import ThrottleNode
 from blocklib.formats.qcow2.node import Qcow2Node
 from blocklib.places import Places
+from blocklib.protocols.file import FileNode
 from blocklib.throttling import ThrottleGroup
 
 
@@ -48,7 +52,7 @@ def known(disk: Disk) -> Places:
 
 def read_at(disk: Disk, places: Places, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
-    disk.read_at(places, offset, memoryview(buffer))
+    disk.read_placed([(offset, memoryview(buffer))], places)
     return bytes(buffer)
 
 
@@ -79,6 +83,38 @@ def test_what_is_remembered_is_read_without_looking_it_up(
         for offset in range(0, disk.size - 5000, 99_999):
             assert read_at(disk, places, offset, 5000) == content[offset : offset + 5000]
         assert lookups() == before
+
+
+def test_many_runs_are_read_at_once(chain: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = chain
+    monkeypatch.setattr("blocklib.places._MANY", 2)
+    with blocklib.open(path, format="qcow2", references="allow") as disk:
+        places = known(disk)
+        buffer = bytearray(disk.size)
+        runs = [(start, memoryview(buffer)[start : start + 10_000]) for start in range(0, disk.size - 10_000, 30_000)]
+        disk.read_placed(runs, places)
+        for start, view in runs:
+            assert view == content[start : start + 10_000]
+
+
+def test_a_read_that_fails_in_a_batch_is_raised_as_it_would_be_alone(
+    chain: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _content = chain
+    monkeypatch.setattr("blocklib.places._MANY", 1)
+
+    def transfer(_self: object, _offsets: object, _addresses: object, _lengths: object, results: Any, **_: object) -> None:
+        results[0] = errno.EIO
+
+    def preadv(_self: object, _offset: int, _views: object) -> None:
+        raise StorageError("a bad sector", errno=errno.EIO, operation="preadv")
+
+    with blocklib.open(path, format="qcow2", references="allow") as disk:
+        places = known(disk)
+        monkeypatch.setattr(FileNode, "transfer", transfer)
+        monkeypatch.setattr(FileNode, "preadv", preadv)
+        with pytest.raises(StorageError, match="a bad sector"):
+            read_at(disk, places, 0, disk.size)
 
 
 def changes() -> Iterator[Callable[[Disk], object]]:
@@ -144,6 +180,6 @@ def test_only_images_above_the_base_are_remembered(chain: tuple[Path, bytes]) ->
         for _rows in places.remember(disk.row_windows(base=base)):
             pass
         for extent in disk.extents(base=base):
-            known_here = places.read(disk.node, extent.offset, memoryview(bytearray(extent.length)))
-            assert known_here == (extent.present or extent.zero)
+            left = places.read(disk.node, [(extent.offset, memoryview(bytearray(extent.length)))])
+            assert bool(left) != (extent.present or extent.zero)
         assert read_at(disk, places, 0, disk.size) == content
