@@ -60,6 +60,10 @@ _MAX = (1 << 31) - 1
 """The largest count, depth, size or step: QEMU's."""
 _MOST_BYTES = 64 << 20
 """Bytes of the requests that are sent at a time, if one is not longer."""
+_IN_FLIGHT = 64
+_STREAM = 1024
+"""Past the page cache a file keeps _IN_FLIGHT requests in flight, at most.  To keep it at that all the time, as a queue of that
+depth does, it is sent this many."""
 _AIO = ("threads", "native", "io_uring")
 
 
@@ -96,6 +100,8 @@ def run(session: Session, given: Given) -> int:
         )
         if interval:
             print(f"Sending flush every {interval} requests")
+        if cache in ("none", "directsync") and depth >= _IN_FLIGHT:
+            depth = max(depth, _STREAM)
         at_once = min(depth, count, max(1, _MOST_BYTES // max(length, 1)))
         if at_once > 1:
             from blocklib import batch

@@ -147,11 +147,11 @@ def check_ring(filename: str) -> None:
 
 
 def _take_ring() -> Ring:
-    from blocklib.protocols.uring import Ring
-
     try:
         return _rings.pop()
     except IndexError:
+        from blocklib.protocols.uring import Ring
+
         return Ring()
 
 

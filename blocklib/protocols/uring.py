@@ -16,7 +16,7 @@ from typing import Final
 from blocklib._fast.transfers import Moves, RingMemory, move_through_ring
 from blocklib.protocols import host
 
-DEPTH: Final = 128
+DEPTH: Final = 64
 """Transfers that one ring has on their way."""
 
 _SETUP: Final = 425
