@@ -14,7 +14,7 @@ import pytest
 import blocklib
 from blocklib import KiB, MiB, nbd
 from blocklib.disk import Disk
-from tests.programs import Program
+from tests.programs import Program, find_program
 
 SIZE = 8 * MiB
 
@@ -137,3 +137,17 @@ def test_qemu_io_finds_every_command_working(socket_path: Path, tmp_path: Path, 
         printed = qemu_io("-f", "raw", uri, *(word for command in commands for word in ("-c", command)))
         assert "fail" not in printed.lower()
         assert disk.read(1000, 77) == b"\2" * 77
+
+
+@pytest.mark.requires("fio")
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_fio_finds_what_it_wrote_over_four_connections(socket_path: Path, tmp_path: Path, image_format: str) -> None:
+    blocklib.create(tmp_path / "disk", 32 * MiB, format=image_format)
+    path = find_program("fio")
+    assert path is not None
+    with blocklib.open(tmp_path / "disk", "r+", format=image_format) as disk, serving(disk, socket_path) as uri:
+        Program(path)(
+            *("--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bsrange=512-64k", "--iodepth=16"),
+            *("--numjobs=4", "--thread", "--size=8M", "--offset_increment=8M", "--verify=crc32c", "--verify_fatal=1"),
+            cwd=tmp_path,
+        )
