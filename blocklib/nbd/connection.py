@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Data: TypeAlias = "memoryview | bytes | bytearray"
 
 _DONT_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)
+_WAIT_FOR_ALL: Final = getattr(socket, "MSG_WAITALL", 0)
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 _IOV_MAX: Final = 1024
 _JOINED: Final = 1 << 16
@@ -136,10 +137,10 @@ class _PlainStream:
                 socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, int((timeout - seconds) * 1_000_000) or 1)
             )
 
-    def receive(self, buffer: memoryview) -> int:
-        """Bytes received, 0 at the end of the file.  Raises OSError, TimeoutError."""
+    def receive(self, buffer: memoryview, *, whole: bool) -> int:
+        """Bytes received, 0 at the end of the file.  With `whole` all of `buffer` is due.  Raises OSError, TimeoutError."""
         try:
-            return self.socket.recv_into(buffer)
+            return self.socket.recv_into(buffer, 0, _WAIT_FOR_ALL if whole else 0)
         except BlockingIOError as exc:
             raise TimeoutError from exc
 
@@ -164,7 +165,7 @@ class _TlsStream:
         self._timeout = timeout
         self._lock = threading.Lock()
 
-    def receive(self, buffer: memoryview) -> int:
+    def receive(self, buffer: memoryview, *, whole: bool) -> int:
         while True:
             wanted = self._receive_now(buffer)
             if wanted >= 0:
@@ -374,10 +375,11 @@ class Connection:
     def _receive(self) -> None:
         """Receive once and wake who is answered; only for the thread that holds `_receiving`."""
         try:
-            n = self._stream.receive(self._engine.get_buffer())
+            engine = self._engine
+            n = self._stream.receive(engine.get_buffer(), whole=engine.in_payload)
             if not n:
                 raise ConnectionLost("the server closed the connection")
-            finished = self._engine.buffer_updated(n)
+            finished = engine.buffer_updated(n)
         except BaseException as exc:
             self._break(exc)
             if isinstance(exc, RemoteProtocolError) or not isinstance(exc, (OSError, ConnectionLost)):

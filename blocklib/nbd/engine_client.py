@@ -25,6 +25,7 @@ from blocklib.nbd.engine import Rules, Terms
 
 _INPUT_SIZE: Final = 1 << 16
 """Bytes of replies that one receive may bring; what a long payload still needs is received without passing through."""
+_DIRECT: Final = 1 << 14
 _MAX_ERROR: Final = 1 << 13
 """Bytes of an error chunk; the longest that the protocol knows has a message of 4096."""
 _MAX_ERRORS: Final = 1024
@@ -209,13 +210,20 @@ class ClientTransmission:
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes are to be received; valid until `buffer_updated`."""
-        if self._start == self._end and self._sink is not None:
+        if self.in_payload:
+            assert self._sink is not None
             return self._sink[len(self._sink) - self._missing :]
         if self._start:
             length = self._end - self._start
             self._input[:length] = bytes(self._input[self._start : self._end])
             self._start, self._end = 0, length
         return self._input[self._end :]
+
+    @property
+    def in_payload(self) -> bool:
+        """Whether all of `get_buffer` is the rest of one payload, so that waiting for all of it holds nothing up."""
+        # A short rest comes with the replies behind it, and is copied: a call for it alone would cost more.
+        return self._missing >= _DIRECT and self._start == self._end and self._sink is not None
 
     def buffer_updated(self, n: int) -> list[Pending]:
         """`n` bytes were received into `get_buffer()`: the requests that are answered now.
@@ -224,7 +232,7 @@ class ClientTransmission:
         """
         if n == 0:
             raise RemoteProtocolError("the server closed the connection")
-        if self._start == self._end and self._sink is not None:
+        if self.in_payload:
             self._missing -= n
             if self._missing:
                 return []
