@@ -315,13 +315,15 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing lies below an image of this format", node=self.name)
 
-    def write_fresh(self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> int:
-        """Write those of `runs` (offset and data each, ascending, apart from each other), from the first on, that need nothing
-        but fresh space: how many they were.
+    def write_fresh(
+        self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]
+    ) -> Sequence[tuple[int, memoryview]]:
+        """Write those of `runs` (offset and data each, ascending, apart from each other) that need nothing but fresh space;
+        the others are left.
 
-        `placed` is called once it is settled where all of them go, if this writes them all.  Raises what `prepare_write` does.
+        `placed` is called once it is settled where all of them go, if none is left.  Raises what `prepare_write` does.
         """
-        return 0
+        return runs
 
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         """Write `views`, one after the other, to `offset`, for which `prepare_write` gave `place` but no child.

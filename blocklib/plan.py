@@ -191,12 +191,8 @@ def write_runs(node: Node, runs: Sequence[tuple[int, memoryview]], placed: Calla
 
 
 def _write_runs(node: Node, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> None:
-    while runs:
-        done = node.write_fresh(runs, placed)
-        if not done:
-            _write(node, *runs[0])
-            done = 1
-        runs = runs[done:]
+    for offset, data in node.write_fresh(runs, placed):
+        _write(node, offset, data)
 
 
 def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:

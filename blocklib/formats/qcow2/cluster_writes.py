@@ -18,7 +18,9 @@ class ClusterWritingNode(SnapshotNode):
         cache = self._image.mapping.cache
         return cache, cache.changes
 
-    def write_fresh(self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> int:
+    def write_fresh(
+        self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]
+    ) -> Sequence[tuple[int, memoryview]]:
         from blocklib.formats.qcow2.fresh_runs import write_fresh
 
         return write_fresh(self._image, runs, placed)

@@ -40,28 +40,29 @@ class _Fresh(RangeTicket):
         _give_back(self._node, self)
 
 
-def write_fresh(node: Qcow2Node, runs: Runs, placed: Callable[[], None]) -> int:
-    """Write those of `runs`, from the first on, that are whole clusters which the image has nothing for: how many they were.
+def write_fresh(node: Qcow2Node, runs: Runs, placed: Callable[[], None]) -> Runs:
+    """Write those of `runs` that are whole clusters which the image has nothing for; the others are left.
 
-    `placed` is called once it is settled where all of `runs` go, if all are written.  Raises what `prepare_write` raises.
+    `placed` is called once it is settled where all of `runs` go, if none is left.  Raises what `prepare_write` raises.
     """
     node.check_usable()
     if node.crypt is not None or node.mapping.external:
-        return 0
-    spans = _whole_clusters(node, runs)
-    fresh = node.retry(lambda: _claim(node, spans)) if spans else None
-    if fresh is None:
-        return 0
-    count = len(fresh.spans)
+        return runs
+    whole = [run for run in runs if _is_whole(node, *run)]
+    claimed = node.retry(lambda: _claim(node, whole)) if whole else None
+    if claimed is None:
+        return runs
+    fresh, written = claimed
+    left = runs[:0] if len(written) == len(runs) else _without(runs, written)
     try:
         while fresh.unplaced:
             node.retry(lambda: _place(node, fresh))
         if node.refcounts.unbacked:
             bits = node.geometry.cluster_bits
             back_tables(node, fresh.first << bits, fresh, length=(fresh.stop - fresh.first) << bits)
-        if count == len(runs):
+        if not left:
             placed()
-        for host_offset, views in _vectors(node, fresh, runs[:count]):
+        for host_offset, views in _vectors(node, fresh, written):
             node.file.write(host_offset, views)
         segments = list(_segments(fresh))
         node.retry(lambda: _link(node, fresh, segments))
@@ -69,32 +70,37 @@ def write_fresh(node: Qcow2Node, runs: Runs, placed: Callable[[], None]) -> int:
         fresh.abort()
         raise
     node.writeback.relieve()
-    return count
+    return left
 
 
-def _whole_clusters(node: Qcow2Node, runs: Runs) -> list[_Span]:
-    """Where those of the runs lie, from the first on, that are whole clusters, or end with the disk."""
-    bits, mask = node.geometry.cluster_bits, node.geometry.cluster_mask
-    spans = []
-    for offset, data in runs:
-        end = offset + len(data)
-        if offset & mask or (end & mask and end != node.size):
-            break
-        spans.append((offset >> bits, (len(data) + mask) >> bits))
-    return spans
+def _without(runs: Runs, written: Runs) -> Runs:
+    offsets = {offset for offset, _data in written}
+    return [run for run in runs if run[0] not in offsets]
 
 
-def _claim(node: Qcow2Node, spans: list[_Span]) -> _Fresh | None:
-    """Claim the spans, from the first on, that are absent; nothing where there are none, or somebody else writes there."""
+def _is_whole(node: Qcow2Node, offset: int, data: memoryview) -> bool:
+    """Whether a run consists of whole clusters, or ends with the disk."""
+    mask = node.geometry.cluster_mask
+    end = offset + len(data)
+    return not offset & mask and (not end & mask or end == node.size)
+
+
+def _claim(node: Qcow2Node, runs: Runs) -> tuple[_Fresh, Runs] | None:
+    """Claim those of the runs, of whole clusters, that are absent, and which they are; None where there are none.
+
+    Nor where somebody else writes there.
+    """
     node.check_writable()
+    bits, mask = node.geometry.cluster_bits, node.geometry.cluster_mask
+    spans = [(offset >> bits, (len(data) + mask) >> bits) for offset, data in runs]
     if node.allocations.overlaps(spans[0][0], sum(spans[-1])):
         return None
-    count = next((i for i, span in enumerate(spans) if not _is_absent(node, span)), len(spans))
-    if not count:
+    absent = [(span, run) for span, run in zip(spans, runs, strict=True) if _is_absent(node, span)]
+    if not absent:
         return None
-    fresh = _Fresh(node, spans[:count])
+    fresh = _Fresh(node, [span for span, _run in absent])
     node.allocations.add(fresh)
-    return fresh
+    return fresh, [run for _span, run in absent]
 
 
 def _by_table(node: Qcow2Node, spans: list[_Span]) -> list[_Span]:
