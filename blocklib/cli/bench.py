@@ -100,7 +100,7 @@ def run(session: Session, given: Given) -> int:
         )
         if interval:
             print(f"Sending flush every {interval} requests")
-        if cache in ("none", "directsync") and depth >= _IN_FLIGHT:
+        if cache in ("none", "directsync") and depth >= _IN_FLIGHT and not interval:
             depth = max(depth, _STREAM)
         at_once = min(depth, count, max(1, _MOST_BYTES // max(length, 1)))
         if at_once > 1:
