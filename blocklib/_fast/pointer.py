@@ -79,6 +79,8 @@ class Pointer:
 def _address(view: memoryview) -> int:
     if not view.nbytes:
         return 0
+    if not view.readonly:  # three times as fast
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
     raw = _PyBuffer()
     _get_buffer(view, ctypes.byref(raw), 0)
     try:

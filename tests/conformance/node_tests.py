@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from blocklib import batch
 from blocklib._fast.extents import Rows
 from blocklib.disk import Disk
 from blocklib.errors import BlocklibError
@@ -67,6 +68,21 @@ class NodeTests(ABC):
         disk.write(offset, pattern(length, 100))
         assert disk.read(offset, length) == expected[offset : offset + length]
         assert disk.read(0, self.size) == expected
+
+    @pytest.mark.parametrize("length", [1, 700, 4096, 70_000])
+    def test_a_batch_is_what_its_requests_would_be(self, disk: Disk, length: int) -> None:
+        batch.expect(1_000_000, writing=True)
+        expected = bytearray(pattern(self.size, 7))
+        disk.write(self.size // 2, expected[self.size // 2 :])
+        expected[: self.size // 2] = bytes(self.size // 2)
+        choose = random.Random(length)
+        offsets = [number * length for number in choose.sample(range(self.size // length), min(64, self.size // length))]
+        data = pattern(length * len(offsets), 100)
+        disk.write_batch(offsets, data)
+        for number, offset in enumerate(offsets):
+            expected[offset : offset + length] = data[number * length : (number + 1) * length]
+        assert disk.read(0, self.size) == expected
+        assert disk.read_batch(offsets, length, bytearray(len(data))) == data
 
     def test_the_last_byte_can_be_written(self, disk: Disk) -> None:
         disk.write(self.size - 1, b"z")

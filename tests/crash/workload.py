@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from blocklib import batch
 from blocklib.disk import Disk
-from blocklib.errors import BlocklibError, PoisonedError, StorageError
+from blocklib.errors import BatchError, BlocklibError, PoisonedError, StorageError
 from blocklib.formats.qcow2.create import header_for, write_empty_image
 from blocklib.formats.qcow2.node import Qcow2Node
 from blocklib.graph import Transaction
@@ -61,9 +62,9 @@ class History:
         self._clock = itertools.count()
 
     def change(
-        self, request: Callable[[], object], first: int, n: int, stamp: int | None, *, sure: bool = True
+        self, request: Callable[[], object], first: int, n: int, stamp: int | None, *, sure: bool = True, step: int = 1
     ) -> None:
-        """Run a request that gives sectors [first, first + n) a content."""
+        """Run a request that gives sectors [first, first + n) a content, or every `step`-th of them."""
         begun = len(self._disk.log)
         try:
             request()
@@ -72,7 +73,7 @@ class History:
             raise
         finally:
             change = _Change(begun, next(self._clock), stamp, sure)
-            for sector in range(first, first + n):
+            for sector in range(first, first + n, step):
                 self._changes.setdefault(sector, []).append(change)
 
     def flush(self, request: Callable[[], object]) -> None:
@@ -165,11 +166,15 @@ class Worker:
 
     def run(self, n_requests: int) -> None:
         """Make requests, until the image is poisoned; one that the recording disk makes fail is passed over."""
+        batch.expect(1_000_000, writing=True)
         for _ in range(n_requests):
             try:
                 self._one_request()
             except StorageError as exc:
-                if exc.operation != "injected":
+                cause = exc.__cause__ if isinstance(exc, BatchError) else exc
+                if isinstance(cause, PoisonedError):
+                    return
+                if not isinstance(cause, StorageError) or cause.operation != "injected":
                     raise
             except PoisonedError:
                 return
@@ -212,8 +217,14 @@ class Worker:
             self._next_stamp += 1
             stamp = self._next_stamp
             data = memoryview(stamped(stamp) * n)
-            if kind < 0.55:
+            if kind < 0.47:
                 history.change(lambda: disk.write(offset, data), first, n, stamp)
+            elif kind < 0.55:
+                step = rnd.choice((1, 2, 5, 9))
+                offsets = list(range(offset, offset + length, step * SECTOR))
+                rnd.shuffle(offsets)
+                part = data[: len(offsets) * SECTOR]
+                history.change(lambda: disk.write_batch(offsets, part), first, n, stamp, step=step)
             else:
                 unit = disk.node.cluster_size() or SECTOR
                 cut = min(length, (offset // unit + rnd.randint(1, 3)) * unit - offset)

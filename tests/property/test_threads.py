@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 import blocklib
-from blocklib import KiB, MiB, graph
+from blocklib import KiB, MiB, batch, graph
 from blocklib.disk import Disk
 from blocklib.errors import ClosedError
 from blocklib.formats.qcow2.node import Qcow2Node
@@ -45,7 +45,8 @@ IMAGES: Final = (
 
 @pytest.fixture(autouse=True)
 def _restless() -> Iterator[None]:
-    """Threads change places far more often than usual."""
+    """Threads change places far more often than usual, and batches are done by kernels."""
+    batch.expect(1_000_000, writing=True)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -144,6 +145,9 @@ class Owner:
                 self._discard(offset, length)
             elif action == 8:
                 assert self.disk.read(self.start + offset, length) == self.content[offset : offset + length]
+                offsets = range(self.start, self.start + len(self.content), 5000)
+                block = self.disk.read_batch(offsets[:-1], 5000, bytearray(5000 * len(offsets[:-1])))
+                assert block == self.content[: len(block)]
             elif step % 5 == 0:
                 self.disk.flush()
 
@@ -153,7 +157,12 @@ class Owner:
         return offset, min(length, len(self.content) - offset, 300_000)
 
     def _write(self, offset: int, data: bytes) -> None:
-        self.disk.write(self.start + offset, data)
+        length = next((n for n in (4096, 512, 7) if len(data) % n == 0 and len(data) // n < 700), 0)
+        if length and offset % 3 == 0:  # the same in pieces
+            offsets = range(self.start + offset, self.start + offset + len(data), length)
+            self.disk.write_batch(offsets, data)
+        else:
+            self.disk.write(self.start + offset, data)
         self.content[offset : offset + len(data)] = data
 
     def _discard(self, offset: int, length: int) -> None:
@@ -213,8 +222,12 @@ class Rival:
             first = choose.randrange(sectors)
             n = min(choose.choice((1, 3, 8, 129, 400, self.cluster_size // SECTOR)), 600, sectors - first)
             action = choose.randrange(10)
-            if action < 5:
+            if action < 3:
                 self.disk.write(first * SECTOR, stamp(self.number, step, first, n))
+                self.last.update(dict.fromkeys(range(first, first + n), step))
+            elif action < 5:
+                offsets = range(first * SECTOR, (first + n) * SECTOR, SECTOR)
+                self.disk.write_batch(offsets, stamp(self.number, step, first, n))
                 self.last.update(dict.fromkeys(range(first, first + n), step))
             elif action < 8:
                 self.disk.write_zeroes(first * SECTOR, n * SECTOR, unmap=choose.random() < 0.6)
