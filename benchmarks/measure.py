@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -95,13 +95,19 @@ class Runner:
         """Where the commands of `side` run."""
         return self._scratch[side]
 
-    def prepare(self, side: str, copies: Iterable[tuple[str, str]]) -> None:
-        """Empty the folder of `side` and copy images into it."""
-        folder = self._scratch[side]
-        for path in folder.iterdir():
-            path.unlink()
+    def prepare(self, side: str, copies: Sequence[tuple[str, str]]) -> None:
+        """Empty the folders of both sides and copy images into that of `side`.
+
+        What the last run has written would otherwise go to the disk while the next one runs.
+        """
+        for folder in self._scratch.values():
+            for path in folder.iterdir():
+                path.unlink()
         for name, image in copies:
-            subprocess.run(["cp", "--sparse=always", str(self.images[image]), str(folder / name)], check=True)
+            target = self._scratch[side] / name
+            subprocess.run(["cp", "--sparse=always", str(self.images[image]), str(target)], check=True)
+        if copies:
+            os.sync()
 
     def run(self, side: str, steps: Sequence[str]) -> Sample:
         """Run the commands `steps` one after the other."""
