@@ -9,7 +9,8 @@ entry at which a kernel stops because it finds fault with it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from blocklib._fast.kernel import U64, Family, i64
@@ -35,6 +36,8 @@ _SAVED_PER_ENTRY: Final = 150
 """Nanoseconds that kernels save for an L2 entry, against resolving runs one by one, where runs are of middling length."""
 _SAVED_PER_ROW: Final = 10_000
 """And for a row that had to be found one by one."""
+_MOST_PARTS: Final = 64
+"""Parts of a file that are remembered: all of them are given to the kernel anew after each question."""
 _SAVED_PER_ACTION: Final = 400
 _SAVED_PER_UNIT_ROW: Final = 400
 _SAVED_PER_TEXT: Final = 2_000
@@ -194,6 +197,45 @@ def labelled(rows: Rows, depth: int, zero_from: int) -> Rows:
     found = Rows(len(rows) + 1)
     _label.loaded()(rows._pointer, len(rows), depth << DEPTH_SHIFT, zero_from, found._state_pointer, found._pointer, found.most)
     return found
+
+
+class Holes:
+    """What is known of the data and the holes of a file: parts that end where the file goes on otherwise."""
+
+    def __init__(self) -> None:
+        self._ends: list[int] = []
+        self._parts: dict[int, tuple[int, int]] = {}
+
+    def add(self, start: int, end: int, zero: int) -> None:
+        """From `start` to `end` all is data, or with ZERO for `zero` a hole; it goes on otherwise at `end`."""
+        if len(self._ends) > _MOST_PARTS:
+            self._ends.clear()
+            self._parts.clear()
+        known = self._parts.get(end)
+        if known is None:
+            insort(self._ends, end)
+        self._parts[end] = (start if known is None else min(start, known[0])), zero
+
+    def numbers(self) -> array[int]:
+        """Three for each part, by their ends."""
+        return array("q", [number for end in self._ends for number in (self._parts[end][0], end, self._parts[end][1])])
+
+
+def asked(runs: Rows, holes: Holes, most: int, ask: Callable[[int], tuple[int, int]]) -> Rows:
+    """Split runs of data where the file below has holes: those bytes are zero although they are allocated.
+
+    `ask` tells of a place that is not known yet: (where that part ends, ZERO or 0).
+    """
+    rows = Rows(most)
+    position = array("q", (0, 0, -1))
+    pointer = Pointer(position, "q", writable=True)
+    while True:
+        numbers = holes.numbers()
+        arguments = (Pointer(numbers, "q"), len(numbers) // 3, pointer, rows._state_pointer, rows._pointer, most)
+        _ask.loaded()(runs._pointer, len(runs), *arguments)
+        if position[2] < 0:
+            return rows
+        holes.add(position[2], *ask(position[2]))
 
 
 def undetermined(rows: Rows) -> tuple[int, int]:
@@ -447,6 +489,42 @@ def _label(runs: Any, n: int, depth: int, zero_from: int, state: Any, rows: Any,
             word |= 2
         if length > 0:
             _append(rows, state, most, offset, length, place, word | depth)
+    return 0
+
+
+@family.kernel("i64(i64*, i64, i64*, i64, i64*, i64*, i64*, i64)")
+def _ask(runs: Any, n: int, parts: Any, n_parts: int, position: Any, state: Any, rows: Any, most: int) -> int:
+    """Add rows from byte position[1] of run position[0] on; position[2] is the place that is not known, or -1 at the end."""
+    index = position[0]
+    done = position[1]
+    position[2] = -1
+    while index < n:
+        at = index * 4
+        length = runs[at + 1] - done
+        place = runs[at + 2] + done if runs[at + 2] >= 0 else -1
+        word = runs[at + 3] & 0x1F
+        if runs[at + 3] & 0x41 == 0x41:
+            low = 0
+            high = n_parts
+            while low < high:  # the first part that ends behind the place
+                middle = (low + high) >> 1
+                if parts[middle * 3 + 1] > place:
+                    high = middle
+                else:
+                    low = middle + 1
+            if low == n_parts or parts[low * 3] > place:
+                position[2] = place
+                break
+            length = min(length, parts[low * 3 + 1] - place)
+            word |= parts[low * 3 + 2]
+        if _append(rows, state, most, runs[at] + done, length, place, word) != 0:
+            break
+        done += length
+        if done == runs[at + 1]:
+            index += 1
+            done = 0
+    position[0] = index
+    position[1] = done
     return 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blocklib._fast import extents as kernels
-from blocklib._fast.extents import DATA, PLACED, PRESENT, ZERO, Facts, Rows
+from blocklib._fast.extents import ASK, DATA, PLACED, PRESENT, ZERO, Facts, Rows
 from blocklib._fast.kernel import Kernel
 from blocklib._fast.pointer import Pointer
 from blocklib.errors import ImageCorruptError
@@ -260,3 +260,34 @@ def test_text_is_the_same_from_a_kernel() -> None:
     expected = kernels.json_text_definition(rows)
     for size in (257, 1000, 1 << 16):
         assert b"".join(bytes(part) for part in kernels.json_text(rows, bytearray(size))) == expected
+
+
+@given(
+    runs=st.lists(
+        st.tuples(st.sampled_from([0, DATA | PRESENT | PLACED, DATA | PRESENT | PLACED | ASK]), st.integers(0, 60)), max_size=9
+    ),
+    file=st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=9),
+)
+def test_data_is_split_where_the_file_has_holes(runs: list[tuple[int, int]], file: list[tuple[int, bool]]) -> None:
+    state = [zero for length, zero in file for _ in range(length)]
+    questions = 0
+
+    def ask(place: int) -> tuple[int, int]:
+        nonlocal questions
+        questions += 1
+        here = state[place] if place < len(state) else True
+        end = place
+        while end < len(state) and state[end] == here:
+            end += 1
+        return (1 << 62 if end >= len(state) and here else end), ZERO if here else 0
+
+    rows = Rows(64)
+    expected: list[tuple[int, int]] = []
+    for number, (word, place) in enumerate(runs):
+        rows.append(number * 7, 7, place if word & PLACED else -1, word)
+        for byte in range(place, place + 7):
+            zero = ZERO if word & ASK and (byte >= len(state) or state[byte]) else 0
+            expected.append((byte if word & PLACED else -1, word & ~ASK | zero))
+    found = kernels.asked(rows, kernels.Holes(), 200, ask)
+    assert _bytewise(found) == expected
+    assert questions <= 10 * len(runs)
