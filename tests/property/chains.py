@@ -119,7 +119,7 @@ class Place:
 class Change:
     """One request that changes a disk."""
 
-    kind: Literal["write", "write clusters", "write zero bytes", "zero", "zero and unmap", "discard"]
+    kind: Literal["write", "write clusters", "write in a batch", "write zero bytes", "zero", "zero and unmap", "discard"]
     place: Place
     seed: int
 
@@ -136,6 +136,12 @@ class Change:
             data = memoryview(noise(self.seed, length))
             parts = self._parts(offset, length, cluster_size)
             disk.write_runs([(start, data[start - offset : end - offset]) for start, end in parts])
+        elif self.kind == "write in a batch":
+            n, starts = self._batch(offset, length)
+            disk.write_batch(starts, b"".join(noise(self.seed + number, n) for number in range(len(starts))))
+            out = bytearray(n * len(starts))
+            disk.read_batch(starts, n, out)
+            assert out == b"".join(noise(self.seed + number, n) for number in range(len(starts)))
         elif self.kind == "write zero bytes":
             disk.write(offset, bytes(length))
         elif self.kind == "discard":
@@ -151,11 +157,22 @@ class Change:
             data = noise(self.seed, length)
             for start, end in self._parts(offset, length, image.spec.cluster_size):
                 image.write(start, data[start - offset : end - offset])
+        elif self.kind == "write in a batch":
+            n, starts = self._batch(offset, length)
+            for number, start in enumerate(starts):
+                image.write(start, noise(self.seed + number, n))
         elif self.kind != "discard":
             image.zero(offset, length)
         elif discard_passes:
             image.discard(offset, length)
 
+    def _batch(self, offset: int, length: int) -> tuple[int, list[int]]:
+        """(length, offsets) of requests inside a range that do not overlap, in no order."""
+        rnd = random.Random(self.seed)
+        n = max(1, min(length, rnd.choice((512, 1000, 4096, 65536))))
+        starts = [start for start in range(offset, offset + length - n + 1, n)[:50] if rnd.random() < 0.7]
+        rnd.shuffle(starts)
+        return n, starts
 
     def _parts(self, offset: int, length: int, cluster_size: int) -> list[tuple[int, int]]:
         """Ranges (start, end) that are cut between clusters, some of which are left out."""

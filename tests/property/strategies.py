@@ -64,6 +64,17 @@ def places() -> st.SearchStrategy[Place]:
 
 def changes() -> st.SearchStrategy[Change]:
     kinds = st.sampled_from(
-        ("write", "write", "write clusters", "write clusters", "write zero bytes", "zero", "zero and unmap", "discard")
+        (
+            "write",
+            "write",
+            "write clusters",
+            "write clusters",
+            "write in a batch",
+            "write in a batch",
+            "write zero bytes",
+            "zero",
+            "zero and unmap",
+            "discard",
+        )
     )
     return st.builds(Change, kinds, places(), st.integers(0, 1000))
