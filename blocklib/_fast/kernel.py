@@ -130,12 +130,16 @@ class Family:
     def worth(self, name: str, saving: int) -> Callable[..., int] | None:
         if self._loaded is None:
             self._passed_up += saving  # a lost update between threads only makes it load a little later
-            if self._passed_up < _LINK_NS:
-                return None
-            with _loading:
-                if self._passed_up < self._cost():
-                    return None
-        return self.load().get(name)
+            if self._passed_up < _LINK_NS or not _loading.acquire(blocking=False):
+                return None  # while another thread loads or compiles, the definitions do
+            try:
+                if self._loaded is None:
+                    if self._passed_up < self._cost():
+                        return None
+                    self._loaded = self._load()
+            finally:
+                _loading.release()
+        return self._loaded.get(name)
 
     def _cost(self) -> int:
         if self._loaded is not None:
@@ -195,16 +199,28 @@ class Family:
             codes = self._stored()
             if codes:
                 return compiler.link(codes, sources)
-            keeps = Store().can_keep()
-            how_often = "once on this machine" if keeps else "in every process, as there is no folder to keep them in"
-            tell(f"compiling the kernels for {self.name}, {how_often}; this takes some seconds")
-            codes = compiler.compile_sources(sources, self.helpers)
-            if keeps:
-                Store().put(compiler.store_name(self.name, self._source()), codes)
+            if Store().can_keep():
+                tell("compiling kernels, once on this machine; this takes some seconds")
+                codes = self._compile_and_keep()
+                for other in _others(self):
+                    other._compile_and_keep()
+            else:
+                tell(f"compiling the kernels for {self.name}, in every process: there is no folder to keep them in")
+                codes = compiler.compile_sources(sources, self.helpers)
             return compiler.link(codes, sources)
         except Exception as error:  # whatever a compiler of another version finds: there are definitions
             tell(f"the kernels for {self.name} are not used: {type(error).__name__}: {error}")
             return {}
+
+    def _compile_and_keep(self) -> dict[str, bytes]:
+        from blocklib._fast import compiler
+        from blocklib._fast.store import Store
+
+        codes = self._stored()
+        if not codes:
+            codes = self._kept = compiler.compile_sources(self._sources(), self.helpers)
+            Store().put(compiler.store_name(self.name, self._source()), codes)
+        return codes
 
     def _sources(self) -> dict[str, Any]:
         from blocklib._fast.compiler import Source
@@ -215,3 +231,12 @@ class Family:
             parameters = tuple(part.strip() for part in rest.rstrip(")").split(","))
             sources[name] = Source(self.kernels[name].function, result, parameters, holds_lock)
         return sources
+
+
+def _others(family: Family) -> list[Family]:
+    """All families but this one: who waits for a compiler once does not want to wait for it again."""
+    from importlib import import_module
+
+    import blocklib._fast as room
+
+    return [import_module(f"{room.__name__}.{name}").family for name in room.FAMILIES if name != family.name]

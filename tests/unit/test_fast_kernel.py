@@ -110,6 +110,7 @@ def test_small_work_does_not_load_a_kernel_until_it_has_added_up(monkeypatch: py
     monkeypatch.setattr(kernel, "tell", lambda text: None)
     monkeypatch.setattr(Store, "get", lambda self, name: None)
     monkeypatch.setattr(Store, "put", lambda self, name, parts: True)
+    monkeypatch.setattr("blocklib._fast.FAMILIES", ())
     one = family.kernels["_data_switches"]
     assert one.worth(1000) is None
     assert one.worth(kernel._INVEST_NS // 2) is None
@@ -122,10 +123,33 @@ def test_a_user_is_told_once_that_kernels_are_compiled(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernel, "tell", told.append)
     monkeypatch.setattr(Store, "get", lambda self, name: None)
     monkeypatch.setattr(Store, "put", lambda self, name, parts: True)
+    monkeypatch.setattr("blocklib._fast.FAMILIES", ())
     family = _family()
     assert family.load() is family.load()
     assert len(told) == 1
     assert "compiling" in told[0]
+
+
+def test_who_waits_for_the_compiler_gets_the_kernels_of_all_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_and_keep(family: Family) -> dict[str, bytes]:
+        compiled.append(family.name)
+        return {}
+
+    monkeypatch.setattr(kernel, "tell", lambda text: compiled.append("told"))
+    monkeypatch.setattr(Store, "get", lambda self, name: None)
+    monkeypatch.setattr(Family, "_compile_and_keep", compile_and_keep)
+    monkeypatch.setattr(compiler, "link", lambda codes, sources: {})
+    _family().load()
+    assert compiled[:2] == ["told", "buffers"]
+    assert sorted(compiled[1:]) == sorted(FAMILIES)
+
+
+def test_while_another_thread_compiles_the_definitions_do_the_work() -> None:
+    one = _family().kernels["_data_switches"]
+    with kernel._loading:
+        assert one.worth(1 << 60) is None
 
 
 def test_where_nothing_can_be_compiled_the_definitions_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
