@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from blocklib.options import (
 )
 from blocklib.options.tables import COMMON, CREATE, OPEN, Table
 from blocklib.options.text import MAX_NESTING
+from blocklib.throttling import ThrottleGroup
 
 _NAMES = st.text(string.ascii_lowercase + "-_", min_size=1, max_size=6)
 _LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8), st.lists(st.integers(), max_size=2))
@@ -215,6 +217,10 @@ def test_help_is_a_part_of_its_own(texts: list[str], asks: bool) -> None:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
+_SOME: Mapping[str, Any] = {"throttle-group": ThrottleGroup()}
+"""A value for options of kinds that take no text."""
+
+
 def _tables() -> list[tuple[Table, str]]:
     return [("open", driver) for driver in OPEN] + [("create", driver) for driver in CREATE]
 
@@ -236,7 +242,7 @@ def test_a_table_agrees_with_itself(table: Table, driver: str) -> None:
         assert bool(row.choices) or row.kind != "choice"
         if row.default is not None:
             spelled = {"bool": "on" if row.default else "off"}.get(row.kind, str(row.default))
-            required = {other.name: "x" for other in rows if other.required}
+            required = {other.name: _SOME.get(other.kind, "x") for other in rows if other.required}
             assert check_options(driver, {**required, row.name: spelled}, table=table)[row.name] == row.default
 
 

@@ -120,8 +120,8 @@ def test_every_driver_in_the_table_is_a_node(name: str) -> None:
     assert issubclass(drivers.load(name), Node)
 
 
-def test_every_driver_is_a_format_or_a_protocol() -> None:
-    assert sorted((*drivers.FORMATS, *drivers.PROTOCOLS)) == list(drivers.names())
+def test_every_driver_is_a_format_a_protocol_or_a_filter() -> None:
+    assert sorted((*drivers.FORMATS, *drivers.PROTOCOLS, *drivers.FILTERS)) == list(drivers.names())
 
 
 @pytest.mark.parametrize("name", ["vmdk", "", "os:system", "QCOW2"])
