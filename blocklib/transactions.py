@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from blocklib import graph
-from blocklib.errors import UsageError
+from blocklib.errors import BlocklibError, UsageError
 
 if TYPE_CHECKING:
     from blocklib.node import Node
@@ -65,11 +65,11 @@ class DiskTransaction:
                     prepared.append(action)
                     action.prepare()
                 _change(actions)
-        except BaseException:
-            _abort(prepared)
+        except BaseException as error:
+            _abort(prepared, error)
             raise
         if exc is not None:
-            _abort(actions)
+            _abort(actions, exc)
             return
         for action in actions:
             action.finish()
@@ -97,9 +97,13 @@ def _change(actions: list[Action]) -> None:
             raise
 
 
-def _abort(actions: list[Action]) -> None:
+def _abort(actions: list[Action], error: BaseException) -> None:
+    """Abort all of `actions` because of `error`, which is told what went wrong with it."""
     for action in reversed(actions):
-        action.abort()
+        try:
+            action.abort()
+        except BlocklibError as failure:
+            error.add_note(f"taking a change back failed as well: {failure}")
 
 
 def transaction() -> DiskTransaction:

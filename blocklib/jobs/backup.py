@@ -92,11 +92,16 @@ def backup(
     policies = on_source_error, on_target_error
     task = _Backup(disk, end, marks, sync, compress is not None, compress_level, policies, on_cbw_error == "break-snapshot")
     job = Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
-    if transaction is not None:
-        transaction.add(_Started(task, job))
+    started = _Started(task, job)
+    if transaction is None:
+        with DiskTransaction() as alone:
+            alone.add(started)
         return job
-    with DiskTransaction() as alone:
-        alone.add(_Started(task, job))
+    try:
+        transaction.add(started)
+    except BaseException:
+        started.abort()
+        raise
     return job
 
 
@@ -114,12 +119,14 @@ class _Backup(Record, Task[BackupResult], frozen=False):
 
     def __post_init__(self) -> None:
         self._top = self.disk.node
-        self._claim = graph.Claim(self.verb, [self._top])
         self._failures: list[BlocklibError] = []
         self._opened: Disk | None = None
         self._state: CopyState | None = None
         self._source: Source | None = None
         self._placement: Placement | None = None
+
+    def claim(self) -> None:
+        self._claim = graph.Claim(self.verb, [self._top])
 
     # -- the parts of it that belong to a transaction ------------------------------------------------------------------
 
@@ -189,6 +196,13 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         assert source is not None
         assert target is not None
         copied = self._copy(control, state, source, target)
+        if self.sync != "none":
+            with graph.alone(self._top):
+                # What a writer was to copy first, and could not, is still as it was.
+                rest = DirtyCopy(control, state, source, target)
+                rest.finish()
+                copied += rest.bytes_read
+                self.undo()
         self._leave()
         self._raise_failures()
         target.flush()
@@ -202,7 +216,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         compression = None
         if self.compressed:
             compression = Compression(target.node.compressor(self.level), target.write_packed)
-        copied = 0
+        done = copied = 0
         if self.sync == "none":
             with control.changed:
                 control.become("ready")
@@ -219,7 +233,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
                 continue
             if not left:
                 return copied
-            control.set_total(copied + left)
+            control.set_total(done + left)
             copy = DirtyCopy(
                 control,
                 state,
@@ -230,6 +244,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
                 compression=compression,
             )
             errors.attempt(copy.sweep)
+            done += copy.bytes_done
             copied += copy.bytes_read
 
     def _raise_failures(self) -> None:

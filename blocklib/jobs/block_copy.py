@@ -85,6 +85,7 @@ class BlockCopy:
     - `compression`: data is compressed by the workers; `block`, where it is not 0, and all runs are multiples of its unit.
     - `unordered`: workers write whenever they have something.
     - `salvage`: what cannot be read becomes zero and is listed in `unreadable`.
+    - `unmap`: zeroes may give their space in the target back.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class BlockCopy:
         unordered: bool = False,
         salvage: bool = False,
         compression: Compression | None = None,
+        unmap: bool = True,
     ) -> None:
         self._control = control
         self._source = source
@@ -113,6 +115,7 @@ class BlockCopy:
         self._unordered = unordered
         self._salvage = salvage
         self._compression = compression
+        self._unmap = unmap
         threads = threads or default_threads(thinking=compression is not None)
         self._piece = SMALL_PIECE if compression is not None else piece_size(threads)
         self._crew = Crew(control, self._do, threads, buffer=self._piece * (2 if shown is not None else 1))
@@ -210,7 +213,7 @@ class BlockCopy:
                 self._target.write_runs(runs, placed=_later)
                 runs = []
             if data is None:
-                self._target.write_zeroes(offset, length, unmap=True)
+                self._target.write_zeroes(offset, length, unmap=self._unmap)
             elif packed is not None and self._compression is not None:
                 self._compression.write(offset, data, packed, self._compression.compressor.unit)
         if runs:

@@ -215,6 +215,12 @@ class Task(ABC, Generic[R]):
 
     verb: ClassVar[str]
 
+    def claim(self) -> None:
+        """Take what no other job may have meanwhile: the last that happens before the job can start.
+
+        Raises GraphConflictError.  `run` or `abort` gives it back.
+        """
+
     @abstractmethod
     def run(self, control: Control) -> R:
         """Do the work and return its result; everything opened here is closed here, however it ends."""

@@ -92,7 +92,9 @@ class CopyTarget:
 
     @property
     def has_backing(self) -> bool:
-        """Whether the copy will show through what lies below it: parts of it that were not copied are not its own."""
+        """Whether something that is not open shows through the copy, now or when a disk has become it."""
+        if self._opened is not None and self._opened.node.names_backing:
+            return True
         return self._sync in ("top", "none") and (self._new is None or self._new.backing is not None)
 
     def open(self, size: int) -> Disk:
@@ -116,7 +118,7 @@ class CopyTarget:
         if self._new is not None:
             self._new.remove()
 
-    def become(self, filter: Node, disk: Disk) -> None:
+    def become(self, filter: Node) -> None:
         """Let all users of the copied disk, who reach it through `filter`, use the copy.  The graph is drained."""
         target = self._opened if self._opened is not None else self._target
         assert isinstance(target, Disk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
@@ -38,6 +39,7 @@ class SourceError(Exception):
 
 
 def check_policy(name: str, policy: str) -> None:
+    """Raises UsageError for what is no error policy."""
     if policy not in get_args(ErrorPolicy):
         raise UsageError(f"{name} is one of {', '.join(get_args(ErrorPolicy))}, not {policy!r}")
 
@@ -89,10 +91,20 @@ class DirtyCopy(BlockCopy):
         block: int = 0,
         zero_known: bool = False,
         compression: Compression | None = None,
+        unmap: bool = True,
     ) -> None:
         super().__init__(
-            control, source, target, block=block, zero_known=zero_known, unordered=True, compression=compression
+            control,
+            source,
+            target,
+            block=block,
+            zero_known=zero_known,
+            unordered=True,
+            compression=compression,
+            unmap=unmap,
         )
+        self.bytes_done = 0
+        """Bytes of the disk that `sweep` is done with, read or known to be zero."""
         self._state = state
         self._from = source
         self._progress = control
@@ -105,15 +117,21 @@ class DirtyCopy(BlockCopy):
         for offset, length, _what, at in piece.runs:
             with self._from.request():  # before anything is reserved: a drain waits for us, and we for nobody it holds back
                 self.copy_range(offset, length, buffer[at : at + length])
+            with self._lock:
+                self.bytes_done += length
             self._progress.advance(length)
 
     def copy_range(self, offset: int, length: int, buffer: memoryview) -> None:
-        """Copy what is marked in a range of whole pieces, by a thread whose request a drain waits for; waits for no drain."""
+        """Copy what is marked in the pieces that a range touches, for a thread whose request a drain waits for.
+
+        Waits for no drain.
+        """
         with self._state.reserved(offset, length):
             taken = self._state.take(offset, length)
             try:
-                for start, n in taken:
-                    self._copy_taken(start, n, buffer)
+                for start, n in taken:  # pieces are whole, even where the range and the buffer hold only part of one
+                    for position in range(start, start + n, len(buffer)):
+                        self._copy_taken(position, min(len(buffer), start + n - position), buffer)
             except BaseException:
                 for start, n in taken:
                     self._state.mark(start, n)
@@ -122,20 +140,18 @@ class DirtyCopy(BlockCopy):
     def copy_around(self, offset: int, length: int) -> None:
         """The same, for pieces that a range touches, in memory of its own."""
         try:
-            self._copy_around(offset, length)
+            self._copy_in_steps(offset, length)
         except SourceError as failure:
             raise failure.error from None
 
-    def _copy_around(self, offset: int, length: int) -> None:
+    def _copy_in_steps(self, offset: int, length: int) -> None:
+        end = min(self._state.size, offset + length)
         granularity = self._state.granularity
-        start = offset & -granularity
-        end = min(self._state.size, -(-(offset + length) // granularity) * granularity)
-        step = max(PIECE, granularity)
-        buffer = memoryview(bytearray(min(step, end - start)))
-        while start < end:
-            n = min(step - start % step, end - start)
-            self.copy_range(start, n, buffer[:n])
-            start += n
+        buffer = memoryview(bytearray(min(PIECE, (length // granularity + 2) * granularity)))
+        while offset < end:
+            n = min(PIECE - offset % PIECE, end - offset)
+            self.copy_range(offset, n, buffer)
+            offset += n
 
     def finish(self) -> None:
         """Copy all that is marked, by this thread alone, while nobody else is inside the disk."""
@@ -185,9 +201,7 @@ class Placement:
 class Errors:
     """Decides what becomes of a job whose reading or writing failed."""
 
-    def __init__(self, control: Control, on_source: str, on_target: str) -> None:
-        check_policy("on_source_error", on_source)
-        check_policy("on_target_error", on_target)
+    def __init__(self, control: Control, on_source: ErrorPolicy, on_target: ErrorPolicy) -> None:
         self._control = control
         self._policies = on_source, on_target
 
@@ -202,9 +216,7 @@ class Errors:
             self._settle(self._policies[1], failure)
         return False
 
-    def _settle(self, policy: str, error: BlocklibError) -> None:
-        import errno
-
+    def _settle(self, policy: ErrorPolicy, error: BlocklibError) -> None:
         if policy == "enospc":
             policy = "stop" if isinstance(error, StorageError) and error.errno == errno.ENOSPC else "report"
         if policy == "report":

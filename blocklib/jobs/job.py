@@ -63,6 +63,7 @@ class Job(Generic[R]):
         self._results: list[R] = []
         self._thread = threading.Thread(target=self._main, name=f"blocklib {task.verb}", daemon=True)
         self._pid = os.getpid()
+        task.claim()
 
     def __repr__(self) -> str:
         return f"<Job {self._task.verb}: {self._control.status}>"

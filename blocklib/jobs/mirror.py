@@ -105,8 +105,10 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
 
     def __post_init__(self) -> None:
         self._top = self.disk.node
-        self.claim = graph.Claim(self.verb, graph.chain(self._top))
         self._failures: list[BlocklibError] = []
+
+    def claim(self) -> None:
+        self._claim = graph.Claim(self.verb, graph.chain(self._top))
 
     def run(self, control: Control) -> MirrorResult:
         top = self._top
@@ -118,10 +120,10 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             finally:
                 self.end.close()
         finally:
-            self.claim.release()
+            self._claim.release()
 
     def abort(self) -> None:
-        self.claim.release()
+        self._claim.release()
         self.end.remove()
 
     def _mirror(self, control: Control, target: Disk) -> MirrorResult:
@@ -132,7 +134,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         unit = (target.node.cluster_size() or 1) if self.end.has_backing else 1
         state = CopyState(top.size, max(self.granularity, unit))
         source = Source(top, "mirror")
-        around = DirtyCopy(control, state, source, target)
+        around = DirtyCopy(control, state, source, target, unmap=self.unmap)
         filter = MirrorTop(
             top.filename,
             state,
@@ -170,7 +172,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         self.marks.mark(state)
         # A writer of ours may have put something there already.
         zero_known = self.end.is_zero and not self.blocking
-        done = 0
+        done = copied = 0
         swept = False
         while True:
             left = state.count()
@@ -185,15 +187,16 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             control.set_total(done + left)
             if left:
                 block = self.granularity if zero_known else 0
-                copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known)
+                copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known, unmap=self.unmap)
                 swept = errors.attempt(copy.sweep) or swept
-                done += copy.bytes_read
+                done += copy.bytes_done
+                copied += copy.bytes_read
                 zero_known = False  # what is copied again may have been something else before
             else:
                 control.pause_point()
                 state.wait_for_marks(_IDLE_SECONDS)
             self._raise_failures(errors)
-        return self._finish(control, state, source, target, filter, done)
+        return self._finish(control, state, source, target, filter, copied)
 
     def _raise_failures(self, errors: Errors) -> None:
         while self._failures:
@@ -205,13 +208,14 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             errors.attempt(fail)
 
     def _finish(
-        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop, done: int
+        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop, copied: int
     ) -> MirrorResult:
         """Copy the rest while nobody writes, and end in the same moment."""
         pivots = control.completing
         with graph.alone(self._top):
-            DirtyCopy(control, state, source, target).finish()
+            rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
+            rest.finish()
             target.flush()
             if pivots:
-                self.end.become(filter, self.disk)
-        return MirrorResult(bytes_copied=done, pivoted=pivots)
+                self.end.become(filter)
+        return MirrorResult(bytes_copied=copied + rest.bytes_read, pivoted=pivots)

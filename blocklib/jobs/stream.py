@@ -61,17 +61,17 @@ class _Stream(Record, Task[StreamResult], frozen=False):
     base: NodeInfo | str | os.PathLike[str] | None
     backing_file: str | None
 
-    def __post_init__(self) -> None:
-        self.claim = graph.Claim(self.verb, graph.chain(self.disk.node))
+    def claim(self) -> None:
+        self._claim = graph.Claim(self.verb, graph.chain(self.disk.node))
 
     def run(self, control: Control) -> StreamResult:
         try:
             return self._stream(control)
         finally:
-            self.claim.release()
+            self._claim.release()
 
     def abort(self) -> None:
-        self.claim.release()
+        self._claim.release()
 
     def _stream(self, control: Control) -> StreamResult:
         disk = self.disk

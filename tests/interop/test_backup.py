@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 import blocklib
 from blocklib import GraphConflictError, KiB, MiB, UsageError, jobs
+from blocklib.copy import CopyState
+from blocklib.jobs.backup import _Backup
 from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -269,3 +271,40 @@ def test_a_job_at_work_stands_against_an_overlay(tmp_path: Path) -> None:
         with pytest.raises(GraphConflictError, match="mirror"):
             disk.add_overlay(tmp_path / "over.qcow2", format="qcow2")
         assert not (tmp_path / "over.qcow2").exists()
+
+
+def test_what_a_writer_could_not_keep_at_the_last_moment_is_still_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    copy_all = _Backup._copy
+
+    def copy_all_but_one(self: _Backup, control: Any, state: CopyState, source: Any, end: blocklib.Disk) -> int:
+        copied = copy_all(self, control, state, source, end)
+        end.write(0, b"torn" * 100)  # as a copy that failed half way leaves it: marked again
+        state.mark(0, 1)
+        return copied
+
+    monkeypatch.setattr(_Backup, "_copy", copy_all_but_one)
+    with _open(paths[0]) as disk:
+        jobs.backup(disk, target, format="qcow2").wait(timeout=60)
+    assert qemu_content(target, tmp_path) == model
+
+
+class _Stubborn(_Failing):
+    """A change that cannot even be taken back."""
+
+    def abort(self) -> None:
+        raise UsageError("it stays")
+
+
+def test_a_change_that_cannot_be_taken_back_keeps_no_other_from_it(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 1, SIZE)
+    with _open(paths[0]) as disk:
+        with pytest.raises(RuntimeError, match="last moment") as caught, blocklib.transaction() as tx:
+            disk.add_overlay(tmp_path / "over.qcow2", format="qcow2", transaction=tx)
+            tx.add(_Stubborn(disk))
+        assert any("it stays" in note for note in caught.value.__notes__)
+        assert not (tmp_path / "over.qcow2").exists()
+        assert disk.node.claim is None

@@ -215,3 +215,78 @@ def test_targets_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         assert len(disk.node.parents) == 1
         assert disk.node.claim is None
     assert small.exists()
+
+
+@MODES
+def test_pieces_may_be_larger_than_what_is_copied_in_one_go(tmp_path: Path, copy_mode: CopyMode) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk, writing(disk, model):
+        job = jobs.mirror(disk, target, format="qcow2", copy_mode=copy_mode, granularity=64 * MiB, speed=200 * MiB)
+        job.wait(timeout=120, until="ready")
+        progress = job.progress
+        assert progress.done <= progress.total
+        job.complete()
+        job.wait(timeout=120)
+    assert qemu_content(target, tmp_path) == model
+    assert is_clean(target)
+
+
+@MODES
+def test_an_older_copy_over_a_backing_file_keeps_what_shows_through(tmp_path: Path, copy_mode: CopyMode) -> None:
+    paths, model = make_chain(tmp_path, 1, SIZE)
+    target = tmp_path / "copy.qcow2"
+    options = {"cluster_size": 2 * MiB}
+    blocklib.convert(paths[0], tmp_path / "full.qcow2", format="qcow2")
+    blocklib.create(target, format="qcow2", backing="full.qcow2", backing_format="qcow2", options=options)
+    with _open(paths[-1]) as disk:
+        disk.bitmaps.add("changes")
+        disk.write(5 * MiB + 1000, b"changed")
+        model[5 * MiB + 1000 : 5 * MiB + 1007] = b"changed"
+        job = jobs.mirror(
+            disk, target, format="qcow2", existing=True, sync="incremental", bitmap="changes", copy_mode=copy_mode
+        )
+        job.wait(timeout=60, until="ready")
+        disk.write(9 * MiB + 1000, b"again")
+        model[9 * MiB + 1000 : 9 * MiB + 1005] = b"again"
+        job.cancel()
+        job.wait(timeout=60)
+    assert qemu_content(target, tmp_path) == model
+    assert is_clean(target)
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+def test_zeroes_give_their_space_back_only_if_that_is_wanted(tmp_path: Path, unmap: bool) -> None:
+    paths = [tmp_path / "source.qcow2", tmp_path / "target.qcow2"]
+    for path in paths:
+        blocklib.create(path, SIZE, format="qcow2")
+    with _open(paths[0]) as disk, _open(paths[1]) as other:
+        other.write(0, b"\xee" * SIZE)
+        other.flush()
+        before = paths[1].stat().st_blocks
+        job = jobs.mirror(disk, other, unmap=unmap)
+        job.wait(timeout=60, until="ready")
+        job.cancel()
+        job.wait(timeout=60)
+        other.flush()
+        assert other.read(0, SIZE) == bytes(SIZE)
+        assert (paths[1].stat().st_blocks < before // 2) is unmap
+
+
+def test_a_job_that_cannot_be_made_leaves_no_claim(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 2, SIZE)
+    with _open(paths[-1]) as disk:
+        for make in (
+            lambda: jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2", speed=-1),
+            lambda: jobs.stream(disk, speed=-1),
+            lambda: jobs.backup(disk, tmp_path / "a.qcow2", format="qcow2", speed=-1),
+        ):
+            with pytest.raises(UsageError, match="speed"):
+                make()
+            assert all(node.claim is None for node in (disk.node, disk.node.children["backing"].node))
+        with blocklib.transaction() as over:
+            pass
+        with pytest.raises(UsageError, match="block"):
+            jobs.backup(disk, tmp_path / "a.qcow2", format="qcow2", transaction=over)
+        assert disk.node.claim is None
+        assert not (tmp_path / "a.qcow2").exists()
