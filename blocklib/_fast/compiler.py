@@ -41,9 +41,9 @@ class External(NamedTuple):
     name: str
     result: str
     parameters: tuple[str, ...]
-    stand_in: Callable[..., int]
+    stand_in: Callable[..., Any]
 
-    def __call__(self, *arguments: Any) -> int:
+    def __call__(self, *arguments: Any) -> Any:
         return self.stand_in(*arguments)
 
 

@@ -150,7 +150,7 @@ _pread = External("pread", "i64", ("i64", "i64", "i64", "i64"), _call("pread"))
 _pwrite = External("pwrite", "i64", ("i64", "i64", "i64", "i64"), _call("pwrite"))
 _syscall = External("syscall", "i64", ("i64", "i64", "i64", "i64", "i64", "i64", "i64"), _call("syscall"))
 _memset = External("memset", "i64", ("i64", "i64", "i64"), _call("memset"))
-_errno = External("__errno_location", "i32*", (), lambda: (ctypes.get_errno(),))  # type: ignore[arg-type, return-value]
+_errno = External("__errno_location", "i32*", (), lambda: (ctypes.get_errno(),))
 _lock = External("pthread_mutex_lock", "i32", ("i64",), lambda _mutex: 0)
 _unlock = External("pthread_mutex_unlock", "i32", ("i64",), lambda _mutex: 0)
 
@@ -171,9 +171,9 @@ def _move(fd: int, writing: int, alignment: int, offset: int, address: int, leng
         else:
             n = _pread(fd, address + done, length - done, offset + done)
         if n < 0:
-            number = _errno()[0]  # type: ignore[index]
+            number: int = _errno()[0]
             if number != _EINTR:
-                return number  # type: ignore[no-any-return]
+                return number
         elif n == 0:
             if writing:
                 return _ENOSPC
@@ -314,11 +314,11 @@ def _through_ring(
             queued -= entered
             inside += entered
         else:
-            number = _errno()[0]  # type: ignore[index]
+            number: int = _errno()[0]
             if number != _EINTR:
                 if inside == 0:
                     queues[sq_tail] = _wrapped(tail - queued)
-                    return -number  # type: ignore[no-any-return]
+                    return -number
                 _syscall(_IO_URING_ENTER, layout[0], 0, 1, _GETEVENTS, 0, 0)  # no room: until something has ended
         head = queues[cq_head]
         ready = (queues[cq_tail] - head) & _LOW

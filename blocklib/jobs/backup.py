@@ -12,7 +12,7 @@ from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
 from blocklib.jobs.block_copy import Compression
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
-from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Placement, Source, check_policy
+from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, ErrorPolicy, Errors, Placement, check_policy
 from blocklib.jobs.job import Job
 from blocklib.jobs.tops import BackupTop
 from blocklib.node import check_level
@@ -122,7 +122,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         self._failures: list[BlocklibError] = []
         self._opened: Disk | None = None
         self._state: CopyState | None = None
-        self._source: Source | None = None
+        self._source: CopiedImage | None = None
         self._placement: Placement | None = None
 
     def claim(self) -> None:
@@ -148,7 +148,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         assert self._opened is not None
         granularity = max(_LEAST_GRANULARITY, self._opened.node.cluster_size() or 1)
         state = self._state = CopyState(top.size, granularity)
-        self._source = Source(top, self.verb)
+        self._source = CopiedImage(top, self.verb)
         # It is the writers of the disk who use it: they are counted, and wait for nobody.
         self._first = DirtyCopy(Control(self.verb), state, self._source, self._opened)
         filter = BackupTop(top.filename, state, read_only=top.read_only, keep=self._keep)
@@ -211,7 +211,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         self._claim.release()
         return BackupResult(bytes_copied=copied)
 
-    def _copy(self, control: Control, state: CopyState, source: Source, target: Disk) -> int:
+    def _copy(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> int:
         errors = Errors(control, *self.policies)
         compression = None
         if self.compressed:

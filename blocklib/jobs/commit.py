@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import graph, plan
-from blocklib.errors import NameNotFoundError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.ends import Source, opened, same_file
+from blocklib.jobs.ends import Source, image_below, images_below, opened
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
@@ -64,7 +63,7 @@ class _Commit(Record, Task[CommitResult]):
     def run(self, control: Control) -> CommitResult:
         mode: Literal["r", "r+"] = "r+" if self.empty else "r"
         with opened(self.target, mode, format=self.format, references=self.references) as top:
-            base = _find_base(top, self.base)
+            base = images_below(top)[0] if self.base is None else image_below(top, self.base)
             node = next(node for node in graph.chain(top.node) if node.name == base.name)
             control.set_total(top.size)
             with _writable(top, node) as edge:
@@ -81,23 +80,6 @@ class _Commit(Record, Task[CommitResult]):
                     with graph.alone(top.node):
                         top.node.make_empty()
         return CommitResult(bytes_copied=copy.bytes_written, base=base.filename)
-
-
-def _find_base(top: Disk, base: NodeInfo | str | os.PathLike[str] | None) -> NodeInfo:
-    below = top.chain()[1:]
-    if not below:
-        raise UsageError(f"{top.node.filename or top.node.name}: the image has no backing file", node=top.node.name)
-    if base is None:
-        return below[0]
-    for image in below:
-        if image.name == base.name if isinstance(base, NodeInfo) else _is_file(image, os.fspath(base)):
-            return image
-    name = base.filename or base.name if isinstance(base, NodeInfo) else os.fspath(base)
-    raise NameNotFoundError(f"{name!r} is not in the backing chain of {top.node.filename or top.node.name}")
-
-
-def _is_file(image: NodeInfo, name: str) -> bool:
-    return image.filename == name or same_file(image.filename, name)
 
 
 def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:

@@ -44,7 +44,7 @@ def check_policy(name: str, policy: str) -> None:
         raise UsageError(f"{name} is one of {', '.join(get_args(ErrorPolicy))}, not {policy!r}")
 
 
-class Source:
+class CopiedImage:
     """The image that is copied, as the job's own user of it: an edge beside those of its writers.
 
     Requests in it are counted, so that a change of the graph waits for them, except on behalf of who is inside one already.
@@ -85,7 +85,7 @@ class DirtyCopy(BlockCopy):
         self,
         control: Control,
         state: CopyState,
-        source: Source,
+        source: CopiedImage,
         target: Writer,
         *,
         block: int = 0,

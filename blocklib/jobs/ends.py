@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from blocklib import graph
 from blocklib.buffers import zero_fill
 from blocklib.disk import Disk
-from blocklib.errors import ReadOnlyError
+from blocklib.errors import NameNotFoundError, ReadOnlyError, UsageError
 from blocklib.jobs.runs import ZERO, Run, runs_above, runs_of
 from blocklib.opening import open_disk
 from blocklib.places import Places
+from blocklib.reports import NodeInfo
 
 if TYPE_CHECKING:
     from blocklib.policy import References, Target
@@ -81,6 +82,29 @@ class Source:
         """As `runs_above`, over all of it."""
         disk = self._disk
         return runs_above(disk, 0, disk.size, self._base, absent=absent, absent_zero=absent_zero, places=self._places)
+
+
+def image_below(disk: Disk, wanted: NodeInfo | str | os.PathLike[str]) -> NodeInfo:
+    """The image below the top one of `disk` that `wanted`, of ``disk.chain()`` or a file name, means.
+
+    Raises UsageError where there is no backing file, NameNotFoundError.
+    """
+    for image in images_below(disk):
+        if isinstance(wanted, NodeInfo):
+            if image.name == wanted.name:
+                return image
+        elif image.filename == os.fspath(wanted) or same_file(image.filename, os.fspath(wanted)):
+            return image
+    name = wanted.filename or wanted.name if isinstance(wanted, NodeInfo) else os.fspath(wanted)
+    raise NameNotFoundError(f"{name!r} is not in the backing chain of {disk.node.filename or disk.node.name}")
+
+
+def images_below(disk: Disk) -> tuple[NodeInfo, ...]:
+    """The images below the top one.  Raises UsageError where there is none."""
+    below = disk.chain()[1:]
+    if not below:
+        raise UsageError(f"{disk.node.filename or disk.node.name}: the image has no backing file", node=disk.node.name)
+    return below
 
 
 class Concatenation:

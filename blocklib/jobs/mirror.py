@@ -11,7 +11,7 @@ from blocklib.disk import Disk
 from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
 from blocklib.jobs.control import Task
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
-from blocklib.jobs.dirty_copy import DirtyCopy, ErrorPolicy, Errors, Placement, Source, check_policy
+from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, ErrorPolicy, Errors, Placement, check_policy
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.tops import MirrorTop
 from blocklib.records import Record
@@ -133,7 +133,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         # A cluster of a target over a backing file, which is not open, is copied as a whole or not at all.
         unit = (target.node.cluster_size() or 1) if self.end.has_backing else 1
         state = CopyState(top.size, max(self.granularity, unit))
-        source = Source(top, "mirror")
+        source = CopiedImage(top, "mirror")
         around = DirtyCopy(control, state, source, target, unmap=self.unmap)
         filter = MirrorTop(
             top.filename,
@@ -166,7 +166,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
         return copied
 
     def _copy(
-        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop
+        self, control: Control, state: CopyState, source: CopiedImage, target: Disk, filter: MirrorTop
     ) -> MirrorResult:
         errors = Errors(control, *self.policies)
         self.marks.mark(state)
@@ -208,7 +208,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             errors.attempt(fail)
 
     def _finish(
-        self, control: Control, state: CopyState, source: Source, target: Disk, filter: MirrorTop, copied: int
+        self, control: Control, state: CopyState, source: CopiedImage, target: Disk, filter: MirrorTop, copied: int
     ) -> MirrorResult:
         """Copy the rest while nobody writes, and end in the same moment."""
         pivots = control.completing

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph, plan
 from blocklib.buffers import zeroes
-from blocklib.errors import NameNotFoundError, ReadOnlyError, UsageError
+from blocklib.errors import ReadOnlyError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.ends import same_file
+from blocklib.jobs.ends import image_below, images_below
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above, zipped
 from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
@@ -49,7 +49,7 @@ def stream(
     if disk.mode == "r":
         name = disk.node.filename or disk.node.name
         raise ReadOnlyError(f"{name}: opened for reading; mode 'r+' writes", node=disk.node.name)
-    _find_base(disk.node, base)
+    _find_base(disk, base)
     task = _Stream(disk, base, backing_file)
     return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
 
@@ -76,13 +76,13 @@ class _Stream(Record, Task[StreamResult], frozen=False):
     def _stream(self, control: Control) -> StreamResult:
         disk = self.disk
         top = disk.node
-        base = _find_base(top, self.base)
+        base = _find_base(disk, self.base)
         control.set_total(top.size)
         with _user_of(top) as edge:
             copy = BlockCopy(control, disk, _Filler(edge), unit=top.data_unit() or 1, unordered=True)
             copy.run(_runs_between(disk, base))
         with graph.alone(top):
-            base = _find_base(top, self.base)  # again: the chain may have changed
+            base = _find_base(disk, self.base)  # again: the chain may have changed
             name, format = self._stored_name(top, base)
             with graph.Transaction() as change:
                 edge = top.children["backing"]
@@ -111,20 +111,12 @@ def _folder(node: Node) -> str:
     return os.path.realpath(os.path.dirname(os.path.abspath(node.filename or "")))
 
 
-def _find_base(top: Node, base: NodeInfo | str | os.PathLike[str] | None) -> Node | None:
-    below = graph.chain(top)[1:]
-    if not below:
-        raise UsageError(f"{top.filename or top.name}: the image has no backing file", node=top.name)
+def _find_base(disk: Disk, base: NodeInfo | str | os.PathLike[str] | None) -> Node | None:
     if base is None:
+        images_below(disk)
         return None
-    for node in below:
-        if isinstance(base, NodeInfo):
-            if node.name == base.name:
-                return node
-        elif node.filename == os.fspath(base) or same_file(node.filename, os.fspath(base)):
-            return node
-    name = base.filename or base.name if isinstance(base, NodeInfo) else os.fspath(base)
-    raise NameNotFoundError(f"{name!r} is not below the top image of {top.filename or top.name}")
+    name = image_below(disk, base).name
+    return next(node for node in graph.chain(disk.node) if node.name == name)
 
 
 def _runs_between(disk: Disk, base: Node | None) -> Iterator[Run]:

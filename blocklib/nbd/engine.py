@@ -8,11 +8,14 @@ LocalProtocolError, and nothing was sent.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from blocklib.errors import LocalProtocolError, RemoteProtocolError
 from blocklib.nbd import wire
+
+_M = TypeVar("_M")
 
 TlsMode: TypeAlias = Literal["off", "allow", "require"]
 """TLS is not spoken; either way; nothing about an export is said without it."""
@@ -275,3 +278,47 @@ class Handshake:
     def tls_started(self) -> list[Event]:
         """The TLS handshake has succeeded; from now on everything goes through it."""
         return self._answer((TlsDue,), None)
+
+
+class Receiver(ABC, Generic[_M]):
+    """How both halves take bytes in: into memory of their own, or straight to where a payload belongs."""
+
+    _input: memoryview
+    _start: int
+    _end: int
+    """What of `_input` has been received and not looked at."""
+    _sink: memoryview | None
+    _missing: int
+    """Where a payload goes, and how many of its bytes are still to come."""
+
+    @property
+    @abstractmethod
+    def in_payload(self) -> bool:
+        """Whether all of `get_buffer` is the rest of one payload, so that waiting for all of it holds nothing up."""
+
+    @abstractmethod
+    def buffer_updated(self, n: int) -> list[_M]:
+        """`n` bytes were received into `get_buffer()`: the messages that are complete now, in their order."""
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes are to be received; valid until `buffer_updated`."""
+        if self.in_payload:
+            assert self._sink is not None
+            return self._sink[len(self._sink) - self._missing :]
+        if self._start:
+            length = self._end - self._start
+            self._input[:length] = bytes(self._input[self._start : self._end])
+            self._start, self._end = 0, length
+        return self._input[self._end :]
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> list[_M]:
+        """The same for bytes that are somewhere else already."""
+        messages: list[_M] = []
+        rest = memoryview(data)
+        while rest:
+            buffer = self.get_buffer()
+            n = min(len(buffer), len(rest))
+            buffer[:n] = rest[:n]
+            rest = rest[n:]
+            messages += self.buffer_updated(n)
+        return messages

@@ -21,7 +21,7 @@ from typing import Any, Final
 from blocklib.buffers import zero_fill
 from blocklib.errors import LocalProtocolError, RemoteProtocolError
 from blocklib.nbd import wire
-from blocklib.nbd.engine import Rules, Terms
+from blocklib.nbd.engine import Receiver, Rules, Terms
 
 _INPUT_SIZE: Final = 1 << 16
 """Bytes of replies that one receive may bring; what a long payload still needs is received without passing through."""
@@ -129,7 +129,7 @@ class Pending:
             self.message = message
 
 
-class ClientTransmission:
+class ClientTransmission(Receiver[Pending]):
     """The transmission phase with one server: requests out, each within the rules; replies in, each checked.
 
     `request` may be called by any thread, also while another one handles what was received; the latter is for one at a
@@ -154,7 +154,7 @@ class ClientTransmission:
         self._due_type = 0
         self._due_done = False
         """The request is answered with this payload."""
-        self._sink: memoryview | None = None
+        self._sink = None
         self._missing = 0
         """Bytes of the payload that are still to come."""
 
@@ -208,17 +208,6 @@ class ClientTransmission:
 
     # -- replies ------------------------------------------------------------------------------------------------------
 
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes are to be received; valid until `buffer_updated`."""
-        if self.in_payload:
-            assert self._sink is not None
-            return self._sink[len(self._sink) - self._missing :]
-        if self._start:
-            length = self._end - self._start
-            self._input[:length] = bytes(self._input[self._start : self._end])
-            self._start, self._end = 0, length
-        return self._input[self._end :]
-
     @property
     def in_payload(self) -> bool:
         """Whether all of `get_buffer` is the rest of one payload, so that waiting for all of it holds nothing up."""
@@ -241,18 +230,6 @@ class ClientTransmission:
             return finished
         self._end += n
         return self._parse()
-
-    def receive_data(self, data: bytes | bytearray | memoryview) -> list[Pending]:
-        """The same for bytes that are somewhere else already."""
-        finished: list[Pending] = []
-        rest = memoryview(data)
-        while rest:
-            buffer = self.get_buffer()
-            n = min(len(buffer), len(rest))
-            buffer[:n] = rest[:n]
-            rest = rest[n:]
-            finished += self.buffer_updated(n)
-        return finished
 
     def _parse(self) -> list[Pending]:
         finished: list[Pending] = []

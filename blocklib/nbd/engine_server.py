@@ -15,7 +15,7 @@ from typing import Final
 
 from blocklib.errors import LocalProtocolError, RemoteProtocolError
 from blocklib.nbd import wire
-from blocklib.nbd.engine import Rules, Terms
+from blocklib.nbd.engine import Receiver, Rules, Terms
 
 _INPUT_SIZE: Final = 1 << 16
 """Bytes of requests and short payloads that one receive may bring."""
@@ -47,7 +47,7 @@ class Request:
         return f"{text} error={self.error} {self.message}>" if self.error else text + ">"
 
 
-class ServerTransmission:
+class ServerTransmission(Receiver[Request]):
     """The transmission phase with one client: requests in, each checked against every rule; replies out.
 
     `allocate` gives the buffer for a payload of so many bytes, when its header has arrived.  A payload of more than
@@ -78,7 +78,7 @@ class ServerTransmission:
         self._end = len(trailing)
         self._due: Request | None = None
         """The request whose payload is arriving, or being skipped."""
-        self._sink: memoryview | None = None
+        self._sink = None
         """Its buffer, or None where the payload is skipped."""
         self._missing = 0
         """Bytes of the payload that are still to come."""
@@ -86,15 +86,9 @@ class ServerTransmission:
 
     # -- input --------------------------------------------------------------------------------------------------------
 
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes are to be received; valid until `buffer_updated`."""
-        if self._start == self._end and self._sink is not None and self._missing:
-            return self._sink[len(self._sink) - self._missing :]
-        if self._start:
-            length = self._end - self._start
-            self._input[:length] = bytes(self._input[self._start : self._end])
-            self._start, self._end = 0, length
-        return self._input[self._end :]
+    @property
+    def in_payload(self) -> bool:
+        return self._start == self._end and self._sink is not None and self._missing > 0
 
     def buffer_updated(self, n: int) -> list[Request]:
         """`n` bytes were received into `get_buffer()`: the requests that are complete now, in their order.
@@ -103,25 +97,13 @@ class ServerTransmission:
         """
         if n == 0:
             return self._end_of_file()
-        if self._start == self._end and self._sink is not None and self._missing:
+        if self.in_payload:
             self._missing -= n
             if self._missing:
                 return []
             return self._finish_payload([])
         self._end += n
         return self.pending()
-
-    def receive_data(self, data: bytes | bytearray | memoryview) -> list[Request]:
-        """The same for bytes that are somewhere else already."""
-        requests: list[Request] = []
-        rest = memoryview(data)
-        while rest:
-            buffer = self.get_buffer()
-            n = min(len(buffer), len(rest))
-            buffer[:n] = rest[:n]
-            rest = rest[n:]
-            requests += self.buffer_updated(n)
-        return requests
 
     def _end_of_file(self) -> list[Request]:
         if self._start != self._end or self._due is not None:

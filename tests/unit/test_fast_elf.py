@@ -19,7 +19,8 @@ def _fill(values: Any, n: int, value: int) -> int:
     """Kernels become calls of memset, and of C functions that they name."""
     for index in range(n):
         values[index] = value
-    return getpid()
+    pid: int = getpid()
+    return pid
 
 
 getpid = compiler.External("getpid", "i32", (), lambda: 0)
