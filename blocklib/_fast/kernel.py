@@ -88,10 +88,6 @@ class Kernel:
                 raise RuntimeError(f"the kernels of {self.family.name} cannot be compiled here")
         return self._compiled
 
-    def forget(self) -> None:
-        """For tests: as if it had never been loaded."""
-        self._compiled = None
-
 
 class Family:
     """The kernels of one module; they are compiled, kept and loaded together."""
