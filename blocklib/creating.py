@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blocklib import drivers, graph
+from blocklib.building import FROM_IMAGE, spec_of
 from blocklib.errors import (
     BlocklibError,
     ImageExistsError,
@@ -15,7 +16,7 @@ from blocklib.errors import (
     UsageError,
 )
 from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, Node
-from blocklib.opening import FROM_IMAGE, image_info, open_disk, open_metadata, spec_of
+from blocklib.opening import image_info, open_disk, open_metadata
 from blocklib.options import OptionValue, check_options, nest
 from blocklib.policy import PlainPath, Target, has_protocol, resolve_backing_name
 from blocklib.reports import ImageInfo

@@ -98,11 +98,11 @@ class Disk:
     def insert_filter(self, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
         """Put a filter above the images, under live requests; `options` are the driver's, without "file".
 
-        ``remove`` of the result takes it away again.  Raises OptionError.
+        ``remove`` of the result takes it away again.  Raises OptionError, and what opening another child of it raises.
         """
-        from blocklib.insertion import insert
-
-        return insert(self._open_root(), driver, options)
+        # By name, as drivers are: opening the other children of a filter stands above disks.
+        inserted: InsertedFilter = import_module("blocklib.insertion").insert(self._open_root(), driver, options)
+        return inserted
 
     def add_overlay(
         self,

@@ -260,7 +260,7 @@ class Transaction:
             return
         self._read_only[node] = read_only
         for name, edge in node.children.items():
-            if name != "backing":
+            if name != "backing" and name not in node.written_children:
                 self.reopen(edge.node, read_only=read_only)
         self._pending.append(node.prepare_reopen(read_only=read_only))
         self._touch(node)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blocklib import drivers, graph
+from blocklib.building import Builder
 from blocklib.errors import OptionError, UsageError
 from blocklib.options import check_options
+from blocklib.policy import Limits
 
 if TYPE_CHECKING:
     from blocklib.node import Node
@@ -29,22 +31,47 @@ class InsertedFilter:
         with graph.alone(node):
             if not node.parents:
                 raise UsageError(f"the filter {node.name} stands above nothing any more", node=node.name)
-            with graph.Transaction() as change:
-                for edge in tuple(node.parents):
-                    change.redirect(edge, node.children["file"].node)
+            _take_away(node)
+
+
+def _take_away(node: Node) -> None:
+    with graph.Transaction() as change:
+        for edge in tuple(node.parents):
+            change.redirect(edge, node.children["file"].node)
 
 
 def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
-    """Put a new filter between a user and what its edge `root` points at.  Raises OptionError."""
+    """Put a new filter between a user and what its edge `root` points at.  Raises OptionError, and as opening does."""
     if driver not in drivers.FILTERS:
         known = ", ".join(drivers.FILTERS)
         raise OptionError(f"{driver!r} is no filter; there are {known}", option="driver", choices=drivers.FILTERS)
     typed = check_options(driver, {**options, "file": {}})
-    with graph.alone(root.node):
-        below = root.node
-        node = drivers.load(driver).from_options(typed, read_only=below.read_only, filename=below.filename)
-        with graph.Transaction() as change:
-            change.attach(node, "file", below)
-            node.load()
-            change.redirect(root, node)
+    builder = Builder("deny", Limits())
+    try:
+        others = builder.other_children(driver, typed, read_only=root.node.read_only, inherited={})
+        with graph.alone(root.node):
+            node = _insert(root, driver, typed, others)
+            try:
+                for opened in (*builder.nodes, node):
+                    if not opened.read_only:
+                        opened.activate()
+            except BaseException:
+                _take_away(node)
+                raise
+    except BaseException:
+        builder.release()
+        raise
     return InsertedFilter(node)
+
+
+def _insert(root: graph.Edge, driver: str, typed: Mapping[str, Any], others: Mapping[str, Node]) -> Node:
+    """The new filter, between `root` and what it pointed at, with its `others` children below it."""
+    below = root.node
+    node = drivers.load(driver).from_options(typed, read_only=below.read_only, filename=below.filename)
+    with graph.Transaction() as change:
+        change.attach(node, "file", below)
+        for name, other in others.items():
+            change.attach(node, name, other)
+        node.load()
+        change.redirect(root, node)
+    return node

@@ -135,6 +135,8 @@ class Node:
     sees_reads: ClassVar[bool] = False
     """Reads may not pass this node unseen: they are issued through `read_special`."""
     sees_writes: ClassVar[bool] = False
+    written_children: ClassVar[frozenset[str]] = frozenset()
+    """Children that this node writes for a purpose of its own: they are writable while the disk is open for reading, too."""
 
     def __init__(self, name: str | None, filename: str | None, *, read_only: bool) -> None:
         self.name = name or f"#block{next(_anonymous):03d}"

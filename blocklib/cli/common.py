@@ -151,7 +151,8 @@ def open_image(
     that name the snapshot to be read.  Without `with_data_file`, only metadata is going to be touched.  `locked`: no data
     will be read, so that no secret is needed.  `aio`: how the files of the chain keep requests in flight.
     """
-    from blocklib.opening import FROM_IMAGE, open_disk
+    from blocklib.building import FROM_IMAGE
+    from blocklib.opening import open_disk
 
     untrusted = given.has("--untrusted")
     return open_disk(

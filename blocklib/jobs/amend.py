@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocklib import graph
+from blocklib.building import FROM_IMAGE
 from blocklib.disk import Disk
 from blocklib.errors import UsageError
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.ends import opened
 from blocklib.jobs.job import Job, started
-from blocklib.opening import FROM_IMAGE, open_disk
+from blocklib.opening import open_disk
 from blocklib.options import check_options
 from blocklib.records import Record
 from blocklib.reports import ImageInfo

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blocklib import drivers
+from blocklib.building import FROM_IMAGE, FromImage
 from blocklib.creating import create, opening_options
 from blocklib.disk import Disk
 from blocklib.errors import (
@@ -37,7 +38,7 @@ from blocklib.jobs.runs import (
     without_small_zeroes,
 )
 from blocklib.node import check_level
-from blocklib.opening import FROM_IMAGE, FromImage, open_disk
+from blocklib.opening import open_disk
 from blocklib.options import check_options
 from blocklib.policy import resolve_backing_name
 from blocklib.records import Record
