@@ -166,13 +166,19 @@ class Builder:
         return node
 
     def _file_child(
-        self, below: Any, path: str | os.PathLike[str] | None, *, read_only: bool, inherited: Mapping[str, Any]
+        self,
+        below: Any,
+        path: str | os.PathLike[str] | None,
+        *,
+        read_only: bool,
+        inherited: Mapping[str, Any],
+        name: str = "file",
     ) -> Node:
-        """The node that a format node's bytes are in."""
+        """The node that a format node's bytes, or those of a filter, are in, which the option `name` gives."""
         if path is not None and below is not None and not isinstance(below, Mapping):
-            raise OptionError("the file is given twice: as the target and as the option 'file'", option="file")
+            raise OptionError(f"the file is given twice: as the target and as the option {name!r}", option=name)
         if path is None and below is None:
-            raise OptionError("the target names no file: give a path, or file.filename", option="file")
+            raise OptionError(f"the target names no file: give a path, or {name}.filename", option=name)
         return self._child(below, path, read_only=read_only, inherited=inherited)
 
     def _child(
@@ -201,10 +207,11 @@ class Builder:
         inherited: Mapping[str, Any],
     ) -> Node:
         """A filter over its child, which does with discards and zeroes what the filter was told to do."""
-        typed = check_options(driver, {**options, "file": {}})
+        main = drivers.load(driver).main_option
+        typed = self.filter_options(driver, {**options, main: {}})
         read_only = read_only or bool(typed["read-only"])
         inherited = {**inherited, **{name: dig(options, name) for name in ("discard", "detect-zeroes")}}
-        child = self._file_child(options.get("file"), path, read_only=read_only, inherited=inherited)
+        child = self._file_child(options.get(main), path, read_only=read_only, inherited=inherited, name=main)
         read_only = read_only or child.read_only
         others = self.other_children(driver, typed, read_only=read_only, inherited=inherited)
         node = _make(driver, typed, read_only=read_only, filename=child.filename)
@@ -216,19 +223,29 @@ class Builder:
         node.load()
         return node
 
+    def filter_options(self, driver: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The checked options of a filter, with objects in place of the ids that name them.  Raises OptionError."""
+        typed = check_options(driver, options)
+        if isinstance(typed.get("throttle-group"), str):
+            from blocklib.throttling import find_throttle_group
+
+            typed["throttle-group"] = find_throttle_group(self._secrets, typed["throttle-group"])
+        return typed
+
     def other_children(
         self, driver: str, typed: Mapping[str, Any], *, read_only: bool, inherited: Mapping[str, Any]
     ) -> dict[str, Node]:
-        """The children that a filter has beside "file", by name, opened; `typed` are its checked options.
+        """The children that a filter has beside the one whose content it passes on, by name; `typed` are its checked options.
 
-        They are writable if the filter writes them whatever its users do (`Node.written_children`), or else as "file" is.
+        They are opened to be written if the filter does that whatever its users do (`Node.written_children`), or else as
+        "file" is.
         """
-        written = drivers.load(driver).written_children
+        kind = drivers.load(driver)
         cache = {name: inherited.get(name) for name in ("cache.direct", "cache.no-flush")}
         return {
-            name: self._child(typed[name], None, read_only=read_only and name not in written, inherited=cache)
+            name: self._child(typed[name], None, read_only=read_only and name not in kind.written_children, inherited=cache)
             for name, option in options_of(driver).items()
-            if option.kind == "node" and name != "file" and name in typed
+            if option.kind == "node" and name != kind.main_option and name in typed
         }
 
     def _probe(self, file_node: Node) -> str:

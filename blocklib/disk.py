@@ -96,7 +96,7 @@ class Disk:
         return edge
 
     def insert_filter(self, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
-        """Put a filter above the images, under live requests; `options` are the driver's, without "file".
+        """Put a filter above the images, under live requests; `options` are the driver's, without the disk itself.
 
         ``remove`` of the result takes it away again.  Raises OptionError, and what opening another child of it raises.
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from blocklib import drivers, graph
 from blocklib.building import Builder
 from blocklib.errors import OptionError, UsageError
-from blocklib.options import check_options
+from blocklib.options import nest
 from blocklib.policy import Limits
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> Inserte
     if driver not in drivers.FILTERS:
         known = ", ".join(drivers.FILTERS)
         raise OptionError(f"{driver!r} is no filter; there are {known}", option="driver", choices=drivers.FILTERS)
-    typed = check_options(driver, {**options, "file": {}})
+    main = drivers.load(driver).main_option
+    if main in nest(options):
+        raise OptionError(f"{driver}: the option {main!r} is the disk that the filter is put above", option=main, driver=driver)
     builder = Builder("deny", Limits())
+    typed = builder.filter_options(driver, {**options, main: {}})
     try:
         others = builder.other_children(driver, typed, read_only=root.node.read_only, inherited={})
         with graph.alone(root.node):

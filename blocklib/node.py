@@ -135,6 +135,8 @@ class Node:
     sees_reads: ClassVar[bool] = False
     """Reads may not pass this node unseen: they are issued through `read_special`."""
     sees_writes: ClassVar[bool] = False
+    main_option: ClassVar[str] = "file"
+    """The option that gives a filter the child whose content it passes on, its "file", whatever QEMU calls it."""
     written_children: ClassVar[frozenset[str]] = frozenset()
     """Children that this node writes for a purpose of its own: they are writable while the disk is open for reading, too."""
 

@@ -193,6 +193,15 @@ class _Line:
             self._waiting[member] = tickets
 
 
+def find_throttle_group(objects: Mapping[str, object], name: str) -> ThrottleGroup:
+    """The group with the id `name`.  Raises OptionError."""
+    found = objects.get(name)
+    if not isinstance(found, ThrottleGroup):
+        text = f"throttle-group: there is no throttle group with the id {name!r}; in Python it is a blocklib.ThrottleGroup"
+        raise OptionError(text, option="throttle-group")
+    return found
+
+
 def _checked(limits: Mapping[str, int]) -> dict[str, int]:
     for name, value in limits.items():
         if name not in LIMITS:

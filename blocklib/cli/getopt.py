@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from blocklib.crypto.secrets import Secret
+    from blocklib.throttling import ThrottleGroup
 
 
 class UsageFailure(Exception):
@@ -62,8 +63,8 @@ class Given:
         self.operands = operands
         self.sequence = tuple(sequence)
         """(first name, value or "") of every option, in the order of the command line."""
-        self.secrets: dict[str, Secret | SSLContext] = {}
-        """The secrets and TLS credentials that the --object options define, once a command has asked for it."""
+        self.secrets: dict[str, Secret | SSLContext | ThrottleGroup] = {}
+        """Secrets, TLS credentials and throttle groups that the --object options define, once a command has asked for it."""
         self.authorizers: dict[str, Callable[[str], bool]] = {}
         """And who is let in."""
         self.listener: socket | None = None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.options import CacheMode, OptionValue
     from blocklib.policy import Target
+    from blocklib.throttling import ThrottleGroup
 
 READ_ONLY = Option(("-r", "--read-only"), None, "open for reading only")
 SNAPSHOT = Option(("-s", "--snapshot"), None, "keep what is written in a temporary overlay, which is lost at the end")
@@ -91,7 +92,7 @@ class Shell:
         image_opts: bool,
         untrusted: bool,
         misaligned: bool,
-        secrets: Mapping[str, Secret | SSLContext] | None = None,
+        secrets: Mapping[str, Secret | SSLContext | ThrottleGroup] | None = None,
     ) -> None:
         self.session = session
         self._secrets = secrets

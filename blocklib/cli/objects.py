@@ -1,4 +1,4 @@
-"""``--object``: secrets, TLS credentials and rules of who is let in, named by their ids, in all of QEMU's spellings.
+"""``--object``: secrets, TLS credentials, throttle groups and who is let in, named by ids, in all of QEMU's spellings.
 
 An object that cannot be made ends the command before any image is opened.  What is printed then never repeats a value.
 """
@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blocklib.cli.session import Failure
-from blocklib.errors import BlocklibError, StorageError
+from blocklib.errors import BlocklibError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
     from blocklib.crypto.secrets import Secret
+    from blocklib.throttling import ThrottleGroup
 
-Object: TypeAlias = "Secret | SSLContext | Callable[[str], bool]"
-"""A secret, TLS credentials, or whether a distinguished name is let in."""
+Named: TypeAlias = "Secret | SSLContext | ThrottleGroup"
+"""What options of images may name: a secret, TLS credentials, or limits."""
+Object: TypeAlias = "Named | Callable[[str], bool]"
+"""Or whether a distinguished name is let in."""
 
-_KINDS = ("secret", "tls-creds-x509", "tls-creds-psk", "authz-simple", "authz-list", "authz-list-file")
+_KINDS = ("secret", "tls-creds-x509", "tls-creds-psk", "authz-simple", "authz-list", "authz-list-file", "throttle-group")
 
 
 def objects_of(texts: Sequence[str]) -> dict[str, Object]:
@@ -44,9 +47,9 @@ def objects_of(texts: Sequence[str]) -> dict[str, Object]:
     return objects
 
 
-def divided(objects: Mapping[str, Object]) -> tuple[dict[str, Secret | SSLContext], dict[str, Callable[[str], bool]]]:
+def divided(objects: Mapping[str, Object]) -> tuple[dict[str, Named], dict[str, Callable[[str], bool]]]:
     """(what options of images may name, who is let in): the objects by their use."""
-    secrets: dict[str, Secret | SSLContext] = {}
+    secrets: dict[str, Named] = {}
     authorizers: dict[str, Callable[[str], bool]] = {}
     for name, found in objects.items():
         if callable(found):
@@ -68,9 +71,41 @@ def _make(kind: str, properties: dict[str, Any], others: Mapping[str, Object]) -
         from blocklib.cli.tls_objects import credentials
 
         return credentials(kind, properties, others)
+    if kind == "throttle-group":
+        return _throttle_group(properties)
     from blocklib.cli.tls_objects import rules
 
     return rules(kind, properties, _read_file)
+
+
+def _throttle_group(properties: Mapping[str, Any]) -> ThrottleGroup:
+    """A group with limits in each of QEMU's spellings: ``x-NAME=N``, ``limits.NAME=N``, or "limits" in JSON.
+
+    Raises OptionError.
+    """
+    from blocklib.options import flatten
+    from blocklib.throttling import ThrottleGroup
+
+    limits: dict[str, int] = {}
+    for spelling, value in flatten(properties).items():
+        prefix = next((prefix for prefix in ("x-", "limits.") if spelling.startswith(prefix)), "")
+        name = spelling.removeprefix(prefix)
+        if not prefix and spelling != "limits":
+            raise OptionError(f"a throttle group has no property {spelling!r}; there are limits.NAME", option=spelling)
+        if spelling == "limits" and value == {}:
+            continue
+        if name in limits:
+            raise OptionError(f"the limit {name} is given twice", option=spelling)
+        limits[name] = _whole_number(spelling, value)
+    return ThrottleGroup(limits)
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20:
+        return int(value)
+    raise OptionError(f"{name!r} is a whole number, not {value!r}", option=name)
 
 
 def _properties(text: str) -> dict[str, Any]:

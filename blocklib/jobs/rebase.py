@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from blocklib.crypto.secrets import Secret
     from blocklib.node import Node
     from blocklib.policy import References, Target
+    from blocklib.throttling import ThrottleGroup
 
 
 @started
@@ -37,7 +38,7 @@ def rebase(
     unsafe: bool = False,
     format: str | None = None,
     references: References = "deny",
-    secrets: Mapping[str, Secret | SSLContext] | None = None,
+    secrets: Mapping[str, Secret | SSLContext | ThrottleGroup] | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
     progress: ProgressCallback | None = None,
@@ -73,7 +74,7 @@ class _Rebase(Record, Task[RebaseResult]):
     unsafe: bool
     format: str | None
     references: References
-    secrets: Mapping[str, Secret | SSLContext] | None
+    secrets: Mapping[str, Secret | SSLContext | ThrottleGroup] | None
 
     def run(self, control: Control) -> RebaseResult:
         copied = 0

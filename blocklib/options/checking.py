@@ -203,7 +203,7 @@ def _as_secret(driver: str, option: Option, value: Any) -> Any:
 def _as_throttle_group(driver: str, option: Option, value: Any) -> Any:
     from blocklib.throttling import ThrottleGroup
 
-    if not isinstance(value, ThrottleGroup):
+    if not isinstance(value, (str, ThrottleGroup)):
         raise _bad(driver, option, value, "is a blocklib.ThrottleGroup")
     return value
 

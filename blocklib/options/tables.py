@@ -17,7 +17,7 @@ Kind: TypeAlias = Literal[
     "str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group", "tls"
 ]
 """`name` is the name of a node; `secret` a Secret and `tls` an ssl.SSLContext, or the id of one; `throttle-group` a
-ThrottleGroup; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
+ThrottleGroup, or the id of one; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
 Table: TypeAlias = Literal["open", "create", "amend"]
 
 

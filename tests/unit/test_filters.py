@@ -144,6 +144,8 @@ def test_what_is_no_filter_or_no_group_is_refused(path: Path) -> None:
     with blocklib.open(path, "r+") as disk:
         with pytest.raises(OptionError, match="no filter"):
             disk.insert_filter("qcow2", {})
+        with pytest.raises(OptionError, match="'file' is the disk"):
+            disk.insert_filter("copy-on-read", {"file.filename": "other"})
         with pytest.raises(OptionError, match="ThrottleGroup"):
             disk.insert_filter("throttle", {"throttle-group": "name"})
         with pytest.raises(OptionError, match="required"):
