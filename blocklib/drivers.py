@@ -25,6 +25,7 @@ _PROTOCOLS = {
     "null-co": "blocklib.protocols.null:NullNode",
 }
 _FILTERS = {
+    "blklogwrites": "blocklib.filters.blklogwrites:BlkLogWritesNode",
     "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",
     "throttle": "blocklib.filters.throttle:ThrottleNode",
 }

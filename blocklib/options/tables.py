@@ -172,6 +172,26 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
         Option("offset", "size", "Where in it the disk begins", default=0),
         Option("size", "size", "Size of the disk; default: up to the end of the file"),
     ),
+    "blklogwrites": (
+        Option("file", "node", "The node whose changes are logged", required=True),
+        Option("log", "node", "The node or file that the log is written to", required=True),
+        Option(
+            "log-sector-size",
+            "size",
+            "Sector size of a new log and of its entries; a power of two (default: 512)",
+            minimum=512,
+            maximum=8 * MiB,
+            power_of_two=True,
+        ),
+        Option("log-append", "bool", "Go on with the log that is there", default=False),
+        Option(
+            "log-super-update-interval",
+            "int",
+            "Entries after which the superblock, which counts them, is written; every flush writes it too",
+            default=4096,
+            minimum=1,
+        ),
+    ),
     "copy-on-read": (
         Option("file", "node", "The image that keeps what is read from below it", required=True),
         Option("bottom", "str", "Node name of the last image of the chain whose data is kept"),

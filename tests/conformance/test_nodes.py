@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from blocklib.errors import StorageError
+from blocklib.filters.blklogwrites import BlkLogWritesNode
 from blocklib.formats.raw import RawNode
+from blocklib.graph import Transaction
 from blocklib.node import Node
 from blocklib.protocols import host
 from blocklib.protocols.file import FileNode, HostDeviceNode
@@ -113,6 +115,22 @@ class TestRawThatWasGuessed(NodeTests):
 
     def make(self, folder: Path) -> Node:
         return attached(RawNode(None, None, read_only=False, guessed=True), MemoryNode(None, self.size))
+
+
+class TestWriteLog(NodeTests):
+    sector_size = 512
+
+    def make(self, folder: Path) -> Node:
+        memory = MemoryNode(None, self.size)
+        memory.discard_passes = True
+        node = BlkLogWritesNode(None, None, read_only=False, sector_size=self.sector_size)
+        with Transaction() as change:
+            change.attach(node, "log", MemoryNode(None))
+        return attached(node, memory)
+
+
+class TestWriteLogInLargeSectors(TestWriteLog):
+    sector_size = 4096
 
 
 class TestBlockDevice(NodeTests):
