@@ -420,12 +420,14 @@ class Disk:
     def statuses(self, offset: int, length: int, *, most: int) -> list[Status] | None:
         """Where the bytes of a range live, run by run, for who sends them from there: see `blocklib.status.status_above`.
 
-        None where that are more than `most` runs.
+        None where that are more than `most` runs, or a filter above the images wants to see what is read.
         """
         tracker = self._tracker
         tracker.enter()
         try:
             node = self._checked(offset, length)
+            if status.are_reads_seen(node):
+                return None
             end = offset + length
             found: list[Status] = []
             while offset < end:

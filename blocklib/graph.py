@@ -107,6 +107,10 @@ class Edge:
         else:
             plan.write_padded(node, offset, views)
 
+    def write_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        """Write `data`, whole units of the child's `compressor`, which made `packed` of them."""
+        plan.write_packed(self.node, offset, data, packed, unit)
+
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zero.  Past the end, the child grows or raises StorageError (ENOSPC)."""
         if not self.node.is_leaf and offset + length > self.node.size:
@@ -143,6 +147,10 @@ class Edge:
             if node.name == name:
                 return node
         raise NameNotFoundError(f"no image of the chain of {self.node.filename or self.node.name} has the node name {name!r}")
+
+    def free_run(self, offset: int, length: int) -> tuple[int, bool]:
+        """(bytes, whether the child's top image has no place for them) of the beginning of a range."""
+        return status.free_run(self.node, offset, length)
 
     def flush(self) -> None:
         self.node.flush()

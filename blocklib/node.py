@@ -359,6 +359,10 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing is stored compressed here")
 
+    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        """For filters whose `compressor` is their child's, which stores this: `packed` is each `unit` of `data` compressed."""
+        raise UsageError(f"{self.driver}: nothing is passed on here")
+
     def grow_to(self, end: int) -> None:
         """A node above is about to write up to `end`, past the size of this node, which no leaf is.
 

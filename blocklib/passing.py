@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RAW, KIND_DATA, KIND_SPECIAL, Run
-from blocklib.node import Filter, Preallocation, WriteRun
+from blocklib.node import Compressor, Filter, Preallocation, WriteRun
 
 if TYPE_CHECKING:
     from blocklib.graph import Edge
@@ -15,16 +15,26 @@ if TYPE_CHECKING:
 class PassingFilter(Filter):
     """Passes everything on.  A subclass says which requests it `sees_reads`, `sees_writes`, and overrides what it does.
 
-    What it sees reaches it through `read_special` and `write_special`; zeroes, discards and flushes always do.
+    What it sees reaches it through `read_special` and `write_special`; zeroes, discards and flushes always do.  Compressed
+    clusters come to `pass_packed`, if the subclass says that it `takes_packed`, and are refused otherwise.
     """
 
-    def __init__(self, name: str | None, filename: str | None, *, read_only: bool) -> None:
-        super().__init__(name, filename, read_only=read_only)
-        self.discard_passes = True
+    takes_packed: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, read_only: bool, **extra: Any) -> Self:
         return cls(options.get("node-name"), extra.pop("filename", None), read_only=read_only, **extra)
+
+    @property
+    def discard_passes(self) -> bool:
+        """As the child does."""
+        edge = self.children.get("file")
+        return edge is None or edge.node.discard_passes
+
+    @discard_passes.setter
+    def discard_passes(self, passes: bool) -> None:
+        if self.children:
+            self.file.node.discard_passes = passes
 
     @property
     def file(self) -> Edge:
@@ -54,6 +64,12 @@ class PassingFilter(Filter):
 
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         self.file.write(place, views)
+
+    def compressor(self, level: int | None = None) -> Compressor:
+        return self.file.node.compressor(level) if self.takes_packed else super().compressor(level)
+
+    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        self.file.write_packed(offset, data, packed, unit)
 
     def grow_to(self, end: int) -> None:
         if not self.file.node.is_leaf:

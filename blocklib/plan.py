@@ -200,6 +200,9 @@ def write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[byt
 
     What does not shrink is written as it is.
     """
+    if node.is_filter:
+        node.pass_packed(offset, data, packed, unit)
+        return
     if node.detect_zeroes != "off" and is_zero(data):
         _write_detected(node, offset, len(data))
         return

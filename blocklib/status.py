@@ -92,6 +92,29 @@ def skip_filters(node: Node) -> Node:
     return node
 
 
+def are_reads_seen(node: Node) -> bool:
+    """Whether a filter from `node` down to the first image wants to see what is read."""
+    while node.is_filter:
+        if node.sees_reads:
+            return True
+        node = node.children["file"].node
+    return False
+
+
+def free_run(node: Node, offset: int, length: int) -> tuple[int, bool]:
+    """(bytes, whether the image, without what is below it, has no place for them) of the beginning of a range."""
+    end = offset + length
+    position, found = offset, False
+    while position < end:
+        n, flags, _depth, _place, _leaf = block_status(node, position, end - position)
+        is_free = not flags & (FLAG_DATA | FLAG_OFFSET_VALID | FLAG_COMPRESSED)
+        if position > offset and is_free != found:
+            break
+        found = is_free
+        position += n
+    return position - offset, found
+
+
 def backing_below(node: Node) -> Node | None:
     """The next image of the chain, or None."""
     edge = skip_filters(node).children.get("backing")

@@ -18,6 +18,7 @@ class CopyOnReadNode(PassingFilter):
 
     driver = "copy-on-read"
     sees_reads: ClassVar[bool] = True
+    takes_packed: ClassVar[bool] = True
 
     def __init__(self, name: str | None, filename: str | None, *, read_only: bool, bottom: str | None = None) -> None:
         super().__init__(name, filename, read_only=read_only)

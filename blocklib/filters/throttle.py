@@ -15,6 +15,7 @@ class ThrottleNode(PassingFilter):
     driver = "throttle"
     sees_reads: ClassVar[bool] = True
     sees_writes: ClassVar[bool] = True
+    takes_packed: ClassVar[bool] = True
     holds_requests: ClassVar[bool] = True
 
     def __init__(self, name: str | None, filename: str | None, *, read_only: bool, group: ThrottleGroup) -> None:
@@ -37,6 +38,10 @@ class ThrottleNode(PassingFilter):
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         self.group.wait(self._member, sum(len(view) for view in views), is_write=True)
         super().write_special(offset, place, views)
+
+    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        self.group.wait(self._member, len(data), is_write=True)
+        super().pass_packed(offset, data, packed, unit)
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         self.group.wait(self._member, length, is_write=True)

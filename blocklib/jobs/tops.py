@@ -26,6 +26,7 @@ class _CopiedNode(PassingFilter):
 
     driver = ""
     sees_writes: ClassVar[bool] = True
+    takes_packed: ClassVar[bool] = True
 
     def __init__(self, filename: str | None, state: CopyState, *, read_only: bool) -> None:
         super().__init__(None, filename, read_only=read_only)
@@ -79,6 +80,14 @@ class MirrorTop(_CopiedNode):
                 at += len(view)
 
         self._change(offset, length, lambda: super(MirrorTop, self).write_special(offset, place, views), copy)
+
+    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        self._change(
+            offset,
+            len(data),
+            lambda: super(MirrorTop, self).pass_packed(offset, data, packed, unit),
+            lambda target: target.write(offset, data),
+        )
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         self._change(
@@ -134,6 +143,10 @@ class BackupTop(_CopiedNode):
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
         self._keep(offset, sum(len(view) for view in views))
         super().write_special(offset, place, views)
+
+    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
+        self._keep(offset, len(data))
+        super().pass_packed(offset, data, packed, unit)
 
     def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
         self._keep(offset, length)

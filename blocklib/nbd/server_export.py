@@ -62,7 +62,7 @@ class Exported:
         self._descriptors: dict[Node, int] = {}
         self._held = ExitStack()
         self.may_pass = True
-        """No filter below the top of the chain wants to see what is read."""
+        """No filter below the top image wants to see what is read."""
         self._contexts: dict[str, Context] = {wire.BASE_ALLOCATION: self._allocation}
         if allocation_depth:
             self._contexts[wire.QEMU_ALLOCATION_DEPTH] = self._allocation_depth

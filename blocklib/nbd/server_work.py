@@ -117,7 +117,7 @@ class Worker:
 
     def _read_runs(self, request: Request) -> list[Piece] | None:
         """The reply made run by run, where that saves reading anything; else None."""
-        if self._disk.node.sees_reads or not self._exported.may_pass:
+        if not self._exported.may_pass:
             return None  # what filters reads has to see them all
         in_chunks = self._tx.structured and not request.flags & wire.NBD_CMD_FLAG_DF
         if not in_chunks and not self._send_files:
