@@ -26,6 +26,7 @@ _PROTOCOLS = {
 }
 _FILTERS = {
     "blklogwrites": "blocklib.filters.blklogwrites:BlkLogWritesNode",
+    "compress": "blocklib.filters.compress:CompressNode",
     "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",
     "throttle": "blocklib.filters.throttle:ThrottleNode",
 }

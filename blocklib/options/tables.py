@@ -192,6 +192,7 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
             minimum=1,
         ),
     ),
+    "compress": (Option("file", "node", "The image whose new clusters are written compressed", required=True),),
     "copy-on-read": (
         Option("file", "node", "The image that keeps what is read from below it", required=True),
         Option("bottom", "str", "Node name of the last image of the chain whose data is kept"),
