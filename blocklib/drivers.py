@@ -25,6 +25,7 @@ _PROTOCOLS = {
     "null-co": "blocklib.protocols.null:NullNode",
 }
 _FILTERS = {
+    "blkdebug": "blocklib.filters.blkdebug:BlkdebugNode",
     "blklogwrites": "blocklib.filters.blklogwrites:BlkLogWritesNode",
     "compress": "blocklib.filters.compress:CompressNode",
     "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",

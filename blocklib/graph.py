@@ -78,10 +78,15 @@ class Edge:
             return f"a user of {self.node.filename or self.node.name}"
         return f"{self.parent.filename or self.parent.name} (as its {self.name})"
 
-    def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view` from child `offset`; past the child's end it reads as zero."""
+    def read(self, offset: int, view: memoryview, event: str | None = "read_aio") -> None:
+        """Fill `view` from child `offset`; past the child's end it reads as zero.
+
+        `event` says what this is to whoever stands between (`Node.hear`); None where that has been said.
+        """
         node = self.node
         if not node.is_leaf:
+            if event is not None:
+                node.hear(event)
             inside = max(0, node.size - offset)
             if inside < len(view):
                 zero_fill(view[inside:])
@@ -92,16 +97,20 @@ class Edge:
         else:
             plan.read_padded(node, offset, view)
 
-    def write(self, offset: int, views: Sequence[memoryview | bytes | bytearray]) -> None:
-        """Write all of `views`, one after the other, at child `offset`.  Past the end, the child grows or raises ENOSPC."""
+    def write(
+        self, offset: int, views: Sequence[memoryview | bytes | bytearray], event: str | None = "write_aio"
+    ) -> None:
+        """Write all of `views`, one after the other, at child `offset`.  Past the end, the child grows or raises ENOSPC.
+
+        `event` as for `read`.
+        """
         node = self.node
         if not node.is_leaf:
             if offset + pieces_of(views) > node.size:
                 node.grow_to(offset + pieces_of(views))
-            for view in views:
-                data = memoryview(view)
-                plan.write(node, offset, data)
-                offset += len(data)
+            if event is not None:
+                node.hear(event)
+            plan.write(node, offset, memoryview(views[0] if len(views) == 1 else b"".join(views)))
         elif node.request_alignment == 1:
             node.pwritev(offset, views)
         else:
@@ -128,6 +137,7 @@ class Edge:
         top = status.skip_filters(self.node)
         if "backing" not in top.children:
             return
+        top.children["file"].node.hear("cor_write")
         if bottom is None:
             plan.write_unallocated(top, offset, data)
             return

@@ -303,6 +303,12 @@ class Node:
         """The child that KIND_DATA runs live in, or None where the node has no plain data."""
         return self.children.get("file")
 
+    def hear(self, event: str) -> None:
+        """A node above is about to do what `event` says, in this thread: one of `blocklib.options.faults.EVENTS`.
+
+        For filters that inject faults; nobody else listens.  What is raised counts as the failure of what was to be done.
+        """
+
     # -- changing them ------------------------------------------------------------------------------------------------
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:

@@ -56,14 +56,14 @@ class PassingFilter(Filter):
         return KIND_DATA, self.file, offset, length, FLAG_RAW | FLAG_OFFSET_VALID
 
     def read_special(self, offset: int, view: memoryview) -> bool:
-        self.file.read(offset, view)
+        self.file.read(offset, view, None)
         return True
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:
         return None if self.sees_writes else self.file, offset, length, None
 
     def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
-        self.file.write(place, views)
+        self.file.write(place, views, None)
 
     def compressor(self, level: int | None = None) -> Compressor:
         return self.file.node.compressor(level) if self.takes_packed else super().compressor(level)
@@ -83,6 +83,9 @@ class PassingFilter(Filter):
 
     def truncate(self, size: int, preallocation: Preallocation = "off") -> None:
         self.file.truncate(size, preallocation)
+
+    def hear(self, event: str) -> None:
+        self.file.node.hear(event)
 
     def cluster_size(self) -> int | None:
         return self.file.node.cluster_size()

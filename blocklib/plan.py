@@ -229,6 +229,10 @@ def _write_packed(node: Node, offset: int, data: memoryview, packed: Sequence[by
 def _copy_on_write(node: Node, offset: int, part: memoryview, ticket: WriteTicket) -> list[memoryview]:
     """`part` between the head and tail that share its clusters, as they read now."""
     views = [part]
+    if ticket.head or ticket.tail:
+        edge = node.data_edge()
+        if edge is not None:
+            edge.node.hear("cow_read")
     if ticket.head:
         head = memoryview(bytearray(ticket.head))
         _read(node, offset - ticket.head, head)

@@ -107,9 +107,9 @@ class BlkLogWritesNode(PassingFilter):
         try:
             head, tail = bytearray(place - first), bytearray(last - end)
             if head:
-                self.file.read(first, memoryview(head))
+                self.file.read(first, memoryview(head), None)
             if tail:
-                self.file.read(end, memoryview(tail))
+                self.file.read(end, memoryview(tail), None)
             super().write_special(offset, place, views)
             self._enter(first, last - first, data=(head, *views, tail))
         finally:

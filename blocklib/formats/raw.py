@@ -104,6 +104,9 @@ class RawNode(Node):
     def resolve(self, offset: int, length: int) -> Run:
         return KIND_DATA, self._file, self.offset + offset, length, FLAG_RAW | FLAG_OFFSET_VALID
 
+    def hear(self, event: str) -> None:
+        self._file.node.hear(event)
+
     def info_facts(self) -> Mapping[str, Any]:
         return self._file.node.info_facts()
 

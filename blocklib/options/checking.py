@@ -32,6 +32,8 @@ _BOOLEANS = {
     "n": False,
 }
 _MAX_NODE_NAME = 31
+_NOT_FLAT = ("node", "choices", "list")
+"""Kinds of options that may have parts which are no options of the driver."""
 
 
 def cache_flags(mode: str) -> tuple[bool, bool, bool]:
@@ -84,7 +86,8 @@ def common_value(name: str, value: Any) -> Any:
 def _own_names(driver: str, known: Mapping[str, Option], options: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """The options given, dotted, children aside; all of them are known."""
     nested = nest(options)
-    children = {name: nested.pop(name) for name, option in known.items() if option.kind == "node" and name in nested}
+    whole = [name for name, option in known.items() if option.kind in _NOT_FLAT and name in nested]
+    children = {name: nested.pop(name) for name in whole}
     given: dict[str, Any] = {}
     for name, value in flatten(nested).items():
         if name in known:
@@ -146,6 +149,10 @@ def _typed(driver: str, option: Option, value: Any) -> Any:
             return _as_tls(driver, option, value)
         case "node":
             return _as_child(driver, option, value)
+        case "choices":
+            return tuple(_as_choice(driver, option, entry) for _name, entry in _entries(driver, option, value))
+        case "list":
+            return tuple(_as_group(driver, option, name, entry) for name, entry in _entries(driver, option, value))
         case _:
             return _as_number(driver, option, value)
 
@@ -183,6 +190,37 @@ def _as_choice(driver: str, option: Option, value: Any) -> str:
     if choice not in option.choices or not isinstance(value, (str, bool)):
         raise _bad(driver, option, value, f"is one of {', '.join(option.choices)}", option.choices)
     return choice
+
+
+def _entries(driver: str, option: Option, value: Any) -> list[tuple[str, Any]]:
+    """The entries of a list by the name of each, be it given as a list or by numbers: "inject-error.0"."""
+    if isinstance(value, Mapping):
+        if set(value) != {str(number) for number in range(len(value))}:
+            raise _bad(driver, option, value, "is a list, with entries numbered from 0")
+        value = [value[str(number)] for number in range(len(value))]
+    if not isinstance(value, (list, tuple)):
+        raise _bad(driver, option, value, "is a list")
+    return [(f"{option.name}.{number}", entry) for number, entry in enumerate(value)]
+
+
+def _as_group(driver: str, option: Option, name: str, value: Any) -> dict[str, Any]:
+    """One entry of a list, checked like the options of a driver."""
+    if not isinstance(value, Mapping):
+        raise _bad(driver, option._replace(name=name), value, "is a group of options")
+    given = flatten(value)
+    values: dict[str, Any] = {}
+    for item in option.items:
+        if item.name in given:
+            values[item.name] = _typed(driver, item._replace(name=f"{name}.{item.name}"), given.pop(item.name))
+        elif item.required:
+            raise OptionError(f"{driver}: option '{name}.{item.name}' is required", option=f"{name}.{item.name}", driver=driver)
+        else:
+            values[item.name] = item.default
+    for unknown in given:
+        choices = [f"{name}.{item.name}" for item in option.items]
+        text = f"{driver} has no option '{name}.{unknown}'; there are {', '.join(choices)}"
+        raise OptionError(text, option=f"{name}.{unknown}", driver=driver, choices=choices)
+    return values
 
 
 def _as_child(driver: str, option: Option, value: Any) -> Any:

@@ -6,18 +6,21 @@ the node above, from the image or from the caller's keywords.  Sizes and offsets
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from blocklib.drivers import check_name
 from blocklib.errors import OptionError
+from blocklib.options.faults import EVENTS, IO_TYPES, PERMISSIONS
 from blocklib.sizes import MAX_SIZE, GiB, MiB
 
 Kind: TypeAlias = Literal[
-    "str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group", "tls"
+    "str", "name", "bool", "int", "size", "choice", "node", "secret", "throttle-group", "tls", "choices", "list"
 ]
 """`name` is the name of a node; `secret` a Secret and `tls` an ssl.SSLContext, or the id of one; `throttle-group` a
-ThrottleGroup, or the id of one; `node` is a child: nested options, a name of a node or file, an open disk, or None."""
+ThrottleGroup, or the id of one; `choices` is a list of choices, `list` one of groups of options; `node` is a child: nested
+options, a name of a node or file, an open disk, or None."""
 Table: TypeAlias = Literal["open", "create", "amend"]
 
 
@@ -36,6 +39,8 @@ class Option(NamedTuple):
     maximum: int = MAX_SIZE
     power_of_two: bool = False
     required: bool = False
+    items: tuple[Any, ...] = ()
+    """The options, each an Option, of one entry of a `list`."""
 
 
 _WEEK = 7 * 24 * 3600
@@ -157,7 +162,51 @@ _QCOW2: tuple[Option, ...] = (
     Option("encrypt.key-secret", "secret", "The secret that opens an encrypted image"),
 )
 
+_INT32 = (1 << 31) - 1
+_RULE: tuple[Option, ...] = (
+    Option("event", "choice", "What has to happen first; none: nothing", choices=EVENTS, required=True),
+    Option("state", "int", "The state that the rules must be in; 0: any", default=0, maximum=_INT32),
+)
+_BLKDEBUG: tuple[Option, ...] = (
+    Option("image", "node", "The node whose requests fail", required=True),
+    Option("align", "size", "Alignment that requests get", minimum=1, maximum=_INT32, power_of_two=True),
+    Option("max-transfer", "size", "Most bytes of a request that reads or writes", minimum=1, maximum=_INT32),
+    Option("opt-write-zero", "size", "Unit of requests for zeroes", minimum=1, maximum=_INT32),
+    Option("max-write-zero", "size", "Most bytes of a request for zeroes", minimum=1, maximum=_INT32),
+    Option("opt-discard", "size", "Unit of discards", minimum=1, maximum=_INT32),
+    Option("max-discard", "size", "Most bytes of a discard", minimum=1, maximum=_INT32),
+    Option(
+        "inject-error",
+        "list",
+        "Requests that fail, wait, or are the last",
+        default=(),
+        items=(
+            *_RULE,
+            Option("iotype", "choice", "Kind of request; default: all but truncate", choices=IO_TYPES),
+            Option("errno", "int", "Error number that the request gets; 0: none", default=errno.EIO, maximum=4095),
+            Option("sector", "int", "512 bytes that the request must touch, by number", maximum=MAX_SIZE // 512),
+            Option("once", "bool", "Act once, and never again", default=False),
+            Option("immediately", "bool", "Fail when the event happens, before any request", default=False),
+            Option("skip", "int", "How many requests that it is right for pass before the first", default=0, maximum=MAX_SIZE),
+            Option("every", "int", "Act on each n-th request from then on", default=1, minimum=1, maximum=MAX_SIZE),
+            Option("latency-ms", "int", "Milliseconds that the request waits before anything", default=0, maximum=_INT32),
+            Option("short", "size", "Bytes that are moved all the same, from the beginning of the request"),
+            Option("exit", "bool", "The process is killed then", default=False),
+        ),
+    ),
+    Option(
+        "set-state",
+        "list",
+        "Events that change the state",
+        default=(),
+        items=(*_RULE, Option("new_state", "int", "The state afterwards", required=True, minimum=1, maximum=_INT32)),
+    ),
+    Option("take-child-perms", "choices", "Permissions to take besides", default=(), choices=PERMISSIONS),
+    Option("unshare-child-perms", "choices", "Permissions not to share with others", default=(), choices=PERMISSIONS),
+)
+
 OPEN: Mapping[str, tuple[Option, ...]] = {
+    "blkdebug": _BLKDEBUG,
     "file": _FILE,
     "host_device": _FILE,
     "memory": (Option("size", "size", "Size of the disk", default=0),),

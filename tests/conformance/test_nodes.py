@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from blocklib.errors import StorageError
+from blocklib.filters.blkdebug import BlkdebugNode
 from blocklib.filters.blklogwrites import BlkLogWritesNode
 from blocklib.formats.raw import RawNode
 from blocklib.graph import Transaction
 from blocklib.node import Node
+from blocklib.options import check_options
 from blocklib.protocols import host
 from blocklib.protocols.file import FileNode, HostDeviceNode
 from blocklib.protocols.memory import MemoryNode
@@ -153,3 +156,22 @@ class TestBlockDevice(NodeTests):
 
 class TestBlockDeviceWithDirectIo(TestBlockDevice):
     direct = True
+
+
+class TestBlkdebug(NodeTests):
+    limits: ClassVar[Mapping[str, int]] = {}
+
+    def make(self, folder: Path) -> Node:
+        options = check_options("blkdebug", {"image": {}, **self.limits})
+        return attached(BlkdebugNode.from_options(options, read_only=False), MemoryNode(None, self.size))
+
+
+class TestBlkdebugWithLimits(TestBlkdebug):
+    limits = {  # noqa: RUF012
+        "align": 512,
+        "max-transfer": 4096,
+        "opt-write-zero": 1024,
+        "max-write-zero": 8192,
+        "opt-discard": 2048,
+        "max-discard": 4096,
+    }

@@ -241,7 +241,8 @@ def test_a_table_agrees_with_itself(table: Table, driver: str) -> None:
         assert {choice for _, choice in row.aliases} <= set(row.choices)
         assert bool(row.choices) or row.kind != "choice"
         if row.default is not None:
-            spelled = {"bool": "on" if row.default else "off"}.get(row.kind, str(row.default))
+            whole = {"bool": "on" if row.default else "off", "choices": row.default, "list": row.default}
+            spelled = whole.get(row.kind, str(row.default))
             required = {other.name: _SOME.get(other.kind, "x") for other in rows if other.required}
             assert check_options(driver, {**required, row.name: spelled}, table=table)[row.name] == row.default
 

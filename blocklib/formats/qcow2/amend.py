@@ -211,7 +211,7 @@ def _upgrade(node: Qcow2Node) -> None:
         )
         n = geometry.clusters_for(len(data))
         first, _n = node.retry(lambda: node.refcounts.allocate(n, exactly=True))
-        node.file.write(first << geometry.cluster_bits, (data, bytes((n << geometry.cluster_bits) - len(data))))
+        node.file.write(first << geometry.cluster_bits, (data, bytes((n << geometry.cluster_bits) - len(data))), "metadata")
         node.writeback.flush()
         header.snapshots_offset = first << geometry.cluster_bits
     _to_version_3(header)

@@ -66,7 +66,7 @@ def read_directory(
             node=node,
         )
     data = bytearray(extension.directory_length)
-    file.read(extension.directory_offset, memoryview(data))
+    file.read(extension.directory_offset, memoryview(data), "metadata")
     return extension, parse_directory(data, extension, geometry, size=header.size, node=node)
 
 
@@ -206,7 +206,7 @@ class StoredBitmaps(BitmapStore):
                     stop += 1
                 part = view[start : stop << bits]
                 self._refuse_outside(entry, index, value, len(part))
-                node.file.read(value, part)
+                node.file.read(value, part, "metadata")
             elif value:
                 part = view[start : stop << bits]
                 part[:] = b"\xff" * len(part)
@@ -219,7 +219,7 @@ class StoredBitmaps(BitmapStore):
         node = self._node
         self._refuse_outside(entry, None, entry.table_offset, entry.table_length)
         data = bytearray(entry.table_length)
-        node.file.read(entry.table_offset, memoryview(data))
+        node.file.read(entry.table_offset, memoryview(data), "metadata")
         return parse_table(data, entry, node.geometry, node=node.filename)
 
     def _refuse_outside(self, entry: DirectoryEntry, index: int | None, host_offset: int, length: int) -> None:
@@ -253,7 +253,7 @@ class StoredBitmaps(BitmapStore):
         }
         with node.writeback.structure:
             node.check_usable()
-            node.file.write(extension.directory_offset, (pack_directory(list(marked.values())),))
+            node.file.write(extension.directory_offset, (pack_directory(list(marked.values())),), "metadata")
             node.writeback.barrier()
         self._entries = marked
 
@@ -326,7 +326,7 @@ class StoredBitmaps(BitmapStore):
             for position, index in enumerate(indices[done : done + n]):
                 table[index] = offset + position * size
                 part += bits.to_bytes(index * size, (index + 1) * size).ljust(size, b"\0")
-            node.file.write(offset, (part,))
+            node.file.write(offset, (part,), "metadata")
             done += n
 
     def _allocate(self, n_clusters: int, taken: list[tuple[int, int]], *, exactly: bool = False) -> tuple[int, int]:
@@ -341,7 +341,7 @@ class StoredBitmaps(BitmapStore):
         clusters = node.geometry.clusters_for(len(data))
         first, _n = self._allocate(clusters, taken, exactly=True)
         offset = first << node.geometry.cluster_bits
-        node.file.write(offset, (data.ljust(clusters << node.geometry.cluster_bits, b"\0"),))
+        node.file.write(offset, (data.ljust(clusters << node.geometry.cluster_bits, b"\0"),), "metadata")
         return offset
 
     def _write_directory(self, entries: list[DirectoryEntry], taken: list[tuple[int, int]]) -> BitmapsExtension | None:

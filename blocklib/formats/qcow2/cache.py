@@ -61,12 +61,21 @@ class TableCache:
     """
 
     def __init__(
-        self, file: Edge, typecode: str, length: int, capacity: int, *, structure: str = "table", node: str | None = None
+        self,
+        file: Edge,
+        typecode: str,
+        length: int,
+        capacity: int,
+        *,
+        structure: str = "table",
+        event: str = "l2_load",
+        node: str | None = None,
     ) -> None:
         self._file = file
         self.typecode = typecode
         self.length = length
         self._structure = structure
+        self._event = event  # what loading one is
         self._node = node
         self.max_entries = max(2, capacity // length)
         self._spare = self.max_entries // 16
@@ -121,7 +130,7 @@ class TableCache:
 
     def _read(self, host_offset: int, lock: threading.Lock) -> Table:
         self.check_inside_file(host_offset)
-        read = read_table(self._file, self.typecode, host_offset, self.length)
+        read = read_table(self._file, self.typecode, host_offset, self.length, self._event)
         with lock:
             table = self.peek(host_offset)  # the place may have been given to a new table meanwhile
             if table is None:

@@ -27,7 +27,7 @@ def change_features(node: Qcow2Node, *, add: int = 0, remove: int = 0) -> None:
         features = header.incompatible_features & ~remove | add
         if header.version == layout.VERSION_2 or features == header.incompatible_features:
             return
-        node.file.write(layout.FIELD_OFFSETS["incompatible_features"], (features.to_bytes(8, "big"),))
+        node.file.write(layout.FIELD_OFFSETS["incompatible_features"], (features.to_bytes(8, "big"),), "metadata")
         header.incompatible_features = features
         node.writeback.barrier()
 

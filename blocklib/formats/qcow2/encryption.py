@@ -105,7 +105,7 @@ def read_luks(node: Qcow2Node) -> luks.LuksHeader:
 def read_area(node: Qcow2Node, offset: int, length: int) -> bytes:
     """Bytes of the encryption header, from `offset` in it."""
     buffer = bytearray(length)
-    node.file.read(header_area(node.header)[0] + offset, memoryview(buffer))
+    node.file.read(header_area(node.header)[0] + offset, memoryview(buffer), "metadata")
     return bytes(buffer)
 
 

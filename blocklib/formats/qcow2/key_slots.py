@@ -150,4 +150,4 @@ def _write_state(node: Qcow2Node, slot: int, state: int) -> None:
 
 
 def _write(node: Qcow2Node, offset: int, data: bytes) -> None:
-    node.file.write(header_area(node.header)[0] + offset, (data,))
+    node.file.write(header_area(node.header)[0] + offset, (data,), "metadata")

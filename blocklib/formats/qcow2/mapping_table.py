@@ -98,7 +98,7 @@ def _load(mapping: Mapping, file: Edge, offset: int, length: int) -> tuple[Table
         else:
             missing.append([host_offset, place, unit_length])
     for host_offset, place, size in missing:
-        file.read(host_offset, view[place : place + size])
+        file.read(host_offset, view[place : place + size], "l2_load")
     if sys.byteorder == "little":
         words.byteswap()
     for index, table in cached:

@@ -200,11 +200,11 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
     def _read_header(self) -> Header:
         file = self.file
         start = bytearray(min(4096, max(file.size, 1)))
-        file.read(0, memoryview(start))
+        file.read(0, memoryview(start), "metadata")
         span = min(header_span(memoryview(start)), file.size)
         if span > len(start):
             start = bytearray(span)
-            file.read(0, memoryview(start))
+            file.read(0, memoryview(start), "metadata")
         return parse_header(
             bytes(start), limits=self.limits, file_length=file.size, for_check=self.metadata_only, node=self.filename
         )
@@ -514,6 +514,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         """Forget every cluster, so that the backing file shows through again; the caller has drained the node."""
         from blocklib.formats.qcow2.zeroing import forget_range
 
+        self.file.node.hear("empty_image_prepare")
         size = self.geometry.round_up(self.size)
         forget_range(self, 0, size)
         self.writeback.finish()
@@ -583,7 +584,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
     def plan_header(self, header: Header) -> HeaderWrite:
         """How `header` would replace the one in the file.  Raises UsageError where it does not fit."""
         on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
-        self.file.read(0, memoryview(on_disk))
+        self.file.read(0, memoryview(on_disk), "metadata")
         from blocklib.formats.qcow2.header_write import plan_rewrite
 
         return plan_rewrite(header, bytes(on_disk))
@@ -592,10 +593,10 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         """Bring `header` to the file, by one atomic write of its first sector where that can be."""
         change = self.plan_header(self.header)
         for host_offset, data in change.rest:
-            self.file.write(host_offset, (data,))
+            self.file.write(host_offset, (data,), "metadata")
         if change.rest:
             self.writeback.barrier()
-        self.file.write(0, (change.first,))
+        self.file.write(0, (change.first,), "metadata")
         self.header.extensions = change.header.extensions
         self.header.backing_file_offset = change.header.backing_file_offset
         self.header.backing_file_size = change.header.backing_file_size

@@ -135,7 +135,7 @@ def _write(node: Qcow2Node, claim: _Claim) -> None:
         while stop < len(claim.streams) and claim.host_offsets[stop] == end:
             end += claim.lengths[stop]
             stop += 1
-        node.file.write(claim.host_offsets[start], (b"".join(claim.streams[start:stop]),))
+        node.file.write(claim.host_offsets[start], (b"".join(claim.streams[start:stop]),), "write_compressed")
         start = stop
 
 

@@ -97,7 +97,7 @@ def _block(node: Qcow2Node, index: int) -> CountArray:
     offset = node.refcounts.block_offset(index)
     node.refcounts.cache.check_inside_file(offset)
     raw = np.zeros(geometry.cluster_size, dtype=np.uint8)
-    node.file.read(offset, raw.data)
+    node.file.read(offset, raw.data, "refblock_load")
     return unpack_refcounts(raw, geometry.refcount_order)
 
 
@@ -174,9 +174,9 @@ def _write(node: Qcow2Node, geometry: Geometry, new: _New, progress: Callable[[i
         counts[unused[low:high] - start] = 0
         place = (new.first + new.table_clusters + number) << bits
         table[index] = place
-        node.file.write(place, (pack_refcounts(counts, geometry.refcount_order),))
+        node.file.write(place, (pack_refcounts(counts, geometry.refcount_order),), "refblock_alloc_write_blocks")
         progress(number + 1, len(new.blocks) + 1)
-    node.file.write(new.first << bits, (table.astype(">u8").tobytes(),))
+    node.file.write(new.first << bits, (table.astype(">u8").tobytes(),), "refblock_alloc_write_table")
 
 
 def _counts(node: Qcow2Node, first: int, n: int) -> CountArray:

@@ -50,7 +50,13 @@ class Refcounts:
         self._file = file
         typecode = _TYPECODES.get(geometry.refcount_order, "B")
         self.cache = TableCache(
-            file, typecode, geometry.cluster_size, cache_bytes, structure="refcount block", node=node
+            file,
+            typecode,
+            geometry.cluster_size,
+            cache_bytes,
+            structure="refcount block",
+            event="refblock_load",
+            node=node,
         )
         self._hint = 0
         self._end = 0  # behind the last cluster that was taken here
@@ -179,6 +185,7 @@ class Refcounts:
 
         Raises MissingTableError, ImageLimitError; ImageCorruptError where what should be free cannot be.
         """
+        self._file.node.hear("cluster_alloc")
         start = self._hint
         while True:
             block_index = start >> self._block_bits
@@ -436,6 +443,7 @@ class Refcounts:
         first = block_index << self._block_bits
         cluster_bits = self.geometry.cluster_bits
         self._check_room(block_index, n_blocks)
+        self._file.node.hear("refblock_alloc")
         self._look_at(first, n_blocks, "a new refcount block", is_table=True)
         for i in range(n_blocks):
             offset = (first + i) << cluster_bits
@@ -476,6 +484,7 @@ class Refcounts:
                 node=self._node,
             )
         self._check_room(block_index, n_blocks + wanted)
+        self._file.node.hear("reftable_grow")
         first = block_index << self._block_bits
         self._look_at(first, n_blocks + wanted, "a new refcount table", is_table=True)
         old_first = self.table_offset >> geometry.cluster_bits

@@ -27,7 +27,7 @@ def back_tables(node: Qcow2Node, offset: int, ticket: WriteTicket | None, *, len
     try:
         with node.writeback.reserving:  # no flush may begin to write what is in them
             for place in _without_space(node):
-                node.file.write(place, (zeroes(node.geometry.cluster_size),))
+                node.file.write(place, (zeroes(node.geometry.cluster_size),), "cluster_alloc_space")
                 node.refcounts.unbacked.discard(place)
     except BaseException as error:
         if ticket is not None:  # whatever it was: nobody else will give it back

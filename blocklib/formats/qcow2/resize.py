@@ -141,7 +141,7 @@ def _write_longer_l1(node: Qcow2Node, entries: int) -> tuple[Table, int]:
     try:
         old = node.mapping.l1
         table = old + array("Q", bytes((clusters << geometry.cluster_bits) - len(old) * 8))
-        node.file.write(first << geometry.cluster_bits, (table_to_bytes(table),))
+        node.file.write(first << geometry.cluster_bits, (table_to_bytes(table),), "l1_grow_write_table")
         node.writeback.flush()
     except BaseException:
         node.retry(lambda: node.refcounts.release(first, clusters))

@@ -88,7 +88,7 @@ def _read_whole(node: Qcow2Node, entries: Sequence[int], view: memoryview) -> No
     for group in _groups(streams):
         start = group[0].host_offset
         data = bytearray(max(stream.host_offset + stream.length for stream in group) - start)
-        node.file.read(start, memoryview(data))
+        node.file.read(start, memoryview(data), "read_compressed")
         decompress_all(
             memoryview(data),
             [(stream.host_offset - start, stream.length, view[stream.at : stream.at + size]) for stream in group],
@@ -120,7 +120,7 @@ def read_compressed(node: Qcow2Node, entry: int) -> bytes:
     if host_offset >= node.file.size:
         raise _outside(node, host_offset)
     data = bytearray(length)
-    node.file.read(host_offset, memoryview(data))
+    node.file.read(host_offset, memoryview(data), "read_compressed")
     return decompress(
         data,
         node.geometry.cluster_size,

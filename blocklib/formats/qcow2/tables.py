@@ -53,10 +53,10 @@ def zeroes_end(table: Table, index: int, stop: int) -> int:
     return stop
 
 
-def read_table(file: Edge, typecode: str, host_offset: int, length: int) -> Table:
+def read_table(file: Edge, typecode: str, host_offset: int, length: int, event: str = "metadata") -> Table:
     """Load a table of `length` bytes from `host_offset`; what lies past the end of the file reads as zero."""
     buffer = bytearray(length)
-    file.read(host_offset, memoryview(buffer))
+    file.read(host_offset, memoryview(buffer), event)
     return table_from_bytes(typecode, buffer)
 
 

@@ -168,6 +168,7 @@ class WriteBack:
         """One flush.  What goes wrong with giving clusters back costs only those clusters and is returned."""
         node = self._node
         node.check_usable()
+        node.file.node.hear("flush_to_os")
         self._begun += 1
         node.guard.refresh()
         failure = self._free_waiting()
@@ -280,31 +281,32 @@ class WriteBack:
             change_features(node, add=layout.INCOMPATIBLE_DIRTY)
             self._is_dirty = True
         for dirty in batch.blocks:
-            file.write(dirty.host_offset, (dirty.data,))
+            file.write(dirty.host_offset, (dirty.data,), "refblock_update_part")
         for dirty in batch.new_slices:
-            file.write(dirty.host_offset, (dirty.data,))
+            file.write(dirty.host_offset, (dirty.data,), "l2_alloc_write")
         self.barrier(data=True)
         if batch.moved_table is not None:
-            file.write(batch.table_offset, (batch.moved_table,))
+            file.write(batch.table_offset, (batch.moved_table,), "refblock_alloc_write_table")
             self.barrier()
+            file.node.hear("refblock_alloc_switch_table")
             node.header.refcount_table_offset = batch.table_offset
             node.header.refcount_table_clusters = len(batch.moved_table) >> node.geometry.cluster_bits
             node.rewrite_header()
             self.barrier()
         elif batch.table_entries:
             for index, entry in batch.table_entries:
-                file.write(batch.table_offset + index * 8, (entry.to_bytes(8, "big"),))
+                file.write(batch.table_offset + index * 8, (entry.to_bytes(8, "big"),), "reftable_update")
             self.barrier()
         if batch.doubtful_slices:
             for dirty in batch.doubtful_slices:
-                file.write(dirty.host_offset, (dirty.data,))
+                file.write(dirty.host_offset, (dirty.data,), "l2_update")
             self.barrier()
         if not batch.slices and not batch.l1_entries:
             return
         for index, entry in batch.l1_entries:
-            file.write(mapping.l1_offset + index * 8, (entry.to_bytes(8, "big"),))
+            file.write(mapping.l1_offset + index * 8, (entry.to_bytes(8, "big"),), "l1_update")
         for dirty in batch.slices:
-            file.write(dirty.host_offset, (dirty.data,))
+            file.write(dirty.host_offset, (dirty.data,), "l2_update")
         self.barrier()
 
     def _free_waiting(self) -> BlocklibError | None:
@@ -331,6 +333,7 @@ class WriteBack:
         """
         node = self._node
         try:
+            node.file.node.hear("cluster_free")
             if punches:
                 for start, length in node.retry(lambda: node.refcounts.sole_runs(first, n), marks=False):
                     node.punch(start, length)

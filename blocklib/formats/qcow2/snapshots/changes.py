@@ -230,7 +230,7 @@ class _Change:
         first, _n = node.retry(lambda: node.refcounts.allocate(n, exactly=True))
         self._placed.append((first, n))
         offset = first << geometry.cluster_bits
-        node.file.write(offset, (data, bytes((n << geometry.cluster_bits) - len(data))))
+        node.file.write(offset, (data, bytes((n << geometry.cluster_bits) - len(data))), "metadata")
         return offset
 
     def _start(self) -> None:
@@ -256,7 +256,7 @@ class _Change:
         """Write what the order of the change allows now; durable with the next switch."""
         self._start()
         for offset, data in writes:
-            self._node.file.write(offset, (data,))
+            self._node.file.write(offset, (data,), "metadata")
 
     def switch(self, *, still_dirty: bool) -> None:
         """Make the new state the image's, in one step."""

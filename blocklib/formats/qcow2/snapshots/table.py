@@ -145,7 +145,7 @@ class _TableReader:
         if end > len(self._data):
             length = min(max(_PIECE, end - len(self._data)), self._file.size - self._start - len(self._data))
             piece = bytearray(length)
-            self._file.read(self._start + len(self._data), memoryview(piece))
+            self._file.read(self._start + len(self._data), memoryview(piece), "metadata")
             self._data += piece
 
     def _bad(

@@ -156,7 +156,7 @@ class TableTally(Tally):
             if offset is None:
                 return None
             raw = np.empty(self._geometry.cluster_size, dtype=np.uint8)
-            self._file.read(offset, raw.data)
+            self._file.read(offset, raw.data, "metadata")
             counts = self._arrays[index] = unpack_refcounts(raw, self._geometry.refcount_order)
         return counts
 
