@@ -9,10 +9,13 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 
 from blocklib._fast import compiler
 from blocklib._fast.kernel import Kernel
 from blocklib._fast.pointer import Pointer
+from blocklib._fast.work import SLICE_LENGTH_BITS
 
 WAYS = ("compiled", "plain", "checked")
 
@@ -35,12 +38,58 @@ def way(kernel: Kernel, name: str) -> Callable[..., int]:
     return _checked(kernel)
 
 
-@cache
 def _checked(kernel: Kernel) -> Callable[..., int]:
+    checked = _checked_function(kernel)
+    return lambda *arguments: int(checked(*(_array(one) for one in arguments)))
+
+
+@cache
+def _checked_function(kernel: Kernel) -> Callable[..., int]:
     helpers = compiler.compiled_helpers(kernel.family.helpers, boundscheck=True)
     compiled: Any = numba.njit(boundscheck=True, error_model="numpy")
-    checked = compiled(compiler.with_globals(kernel.function, helpers))
-    return lambda *arguments: int(checked(*(_array(one) for one in arguments)))
+    checked: Callable[..., int] = compiled(compiler.with_globals(kernel.function, helpers))
+    return checked
+
+
+@cache
+def checked_everywhere(kernel: Kernel) -> Callable[..., int]:
+    """`kernel` with bounds checks, for the arguments that the library itself gives it: tables of a cache are addresses there.
+
+    They become arrays in the same call, which keeps the interpreter's lock: no other thread changes them meanwhile.
+    """
+    parameters = kernel.family._sources()[kernel.name].parameters
+    if not any(parameter.endswith("**") for parameter in parameters):
+        return _checked(kernel)
+    names = [f"a{number}" for number in range(len(parameters))]
+    length = "a1 + 1" if parameters[1] == "i64" else f"1 << a1[{SLICE_LENGTH_BITS}]"  # a mask, or the shape of a mapping
+    given = [
+        {"u64**": f"words({name}, {length})", "u8**": f"bytes({name}, {length})"}.get(parameter, name)
+        for name, parameter in zip(names, parameters, strict=True)
+    ]
+    scope = {"kernel": _checked_function(kernel), "words": _tables(types.uint64), "bytes": _tables(types.uint8)}
+    exec(f"def run({', '.join(names)}): return kernel({', '.join(given)})", scope)  # numba has no call with any number of types
+    run = numba.njit(scope["run"])
+    return lambda *arguments: int(run(*(_array(one) for one in arguments)))
+
+
+@cache
+def _tables(item: types.Type) -> Callable[..., Any]:
+    """A compiled function (addresses, length) -> arrays of `item`; where there is no table, an empty one."""
+
+    def pointer(_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(item)(address), generate  # type: ignore[no-untyped-call]
+
+    as_pointer: Any = intrinsic(pointer)
+
+    @numba.njit
+    def tables(addresses: Any, length: Any) -> Any:
+        return [carray(as_pointer(address), (length if address else 0,)) for address in addresses]
+
+    compiled: Callable[..., Any] = tables
+    return compiled
 
 
 def _view(argument: Any) -> Any:

@@ -1,14 +1,13 @@
 """Threads that take turns as a seed says: an interleaving that shows a fault shows it every time.
 
-While a `Schedule` is entered, blocklib's locks, conditions and threads are stand-ins: one thread runs at a time, and it may have
-to let another go on at every line of blocklib and at every lock.  Where all wait for each other is a `Deadlock`, with where each
-of them stands; what waits for a time is woken when nobody else can go on, so no test waits for a clock.
+While a `Schedule` is entered, blocklib's locks, conditions and threads are stand-ins: one thread runs at a time, and at every
+line of blocklib and at every lock another may have to go on.  Where all wait for each other is a `Deadlock`, which says where
+each of them stands; what waits for a time is woken when nobody else can go on, so that no test waits for a clock.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import pkgutil
 import random
 import sys
@@ -16,18 +15,19 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from pathlib import Path
 from types import FrameType, SimpleNamespace, TracebackType
 from typing import Any, Final, Self
 
 import blocklib
 from blocklib._fast.kernel import Kernel
 
-_ROOM: Final = os.path.dirname(blocklib.__file__)
+_ROOM: Final = str(Path(blocklib.__file__).parent)
 _RESTLESSNESS: Final = (0.3, 0.1, 0.03, 0.01, 0.003)
 """How probable a change of places is at each line: schedules with few changes find other faults than those with many."""
 _PAUSE_BEFORE: Final = (1.0, 3.3)
-"""In the other half of the schedules each thread falls behind all others once, after ten to this many lines of its own: it finds
-what needs one long pause at the wrong place."""
+"""In the other half of the schedules each thread falls behind all others once, after ten to two thousand lines (powers of ten):
+that finds what needs one long pause at the wrong place."""
 _AT_LOCKS: Final = 0.3
 _ENDLESS: Final = 200_000
 """Turns after which a schedule counts as one without end."""

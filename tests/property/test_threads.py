@@ -127,9 +127,10 @@ class Owner:
     cluster_size: int
     discards_read_zero: bool
     steps: int
+    seed: int = 0
 
     def work(self) -> None:
-        choose = random.Random(self.number)
+        choose = random.Random(self.number + THREADS * self.seed)
         for step in range(self.steps):
             offset, length = self._range(choose)
             action = choose.randrange(10)
