@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from blocklib import graph
-from blocklib.errors import BlocklibError, UsageError
+from blocklib.errors import UsageError
 
 if TYPE_CHECKING:
     from blocklib.node import Node
@@ -34,7 +35,7 @@ class Action(Protocol):
         """All changes have been made."""
 
     def abort(self) -> None:
-        """Take back what `prepare` has done: the transaction has failed."""
+        """Take back what `prepare`, or the making of this object, has done: the transaction has failed."""
 
 
 class DiskTransaction:
@@ -58,21 +59,19 @@ class DiskTransaction:
     ) -> None:
         self._state = "done"
         actions, self._actions = self._actions, []
-        prepared: list[Action] = []
-        try:
-            if exc is None:
-                for action in actions:
-                    prepared.append(action)
-                    action.prepare()
-                _change(actions)
-        except BaseException as error:
-            _abort(prepared, error)
-            raise
         if exc is not None:
             _abort(actions, exc)
             return
-        for action in actions:
-            action.finish()
+        try:
+            for action in actions:
+                action.prepare()
+            _change(actions)
+        except BaseException as error:
+            _abort(actions, error)
+            raise
+        with ExitStack() as stack:  # all of them, whatever fails: the changes have been made
+            for action in reversed(actions):
+                stack.callback(action.finish)
 
     def add(self, action: Action) -> None:
         """Make this change with the others.  Raises UsageError outside the block."""
@@ -91,18 +90,21 @@ def _change(actions: list[Action]) -> None:
             for action in actions:
                 action.begin()
                 begun.append(action)
-        except BaseException:
-            for action in reversed(begun):
-                action.undo()
+        except BaseException as error:
+            _take_back([action.undo for action in reversed(begun)], error)
             raise
 
 
 def _abort(actions: list[Action], error: BaseException) -> None:
-    """Abort all of `actions` because of `error`, which is told what went wrong with it."""
-    for action in reversed(actions):
+    _take_back([action.abort for action in reversed(actions)], error)
+
+
+def _take_back(steps: list[Callable[[], None]], error: BaseException) -> None:
+    """Do all of `steps` because of `error`, which is told what went wrong with them."""
+    for step in steps:
         try:
-            action.abort()
-        except BlocklibError as failure:
+            step()
+        except Exception as failure:
             error.add_note(f"taking a change back failed as well: {failure}")
 
 

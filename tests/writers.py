@@ -51,7 +51,9 @@ class Writers:
         """Released once for each request that was done."""
         part = len(model) // count
         self._threads = [
-            threading.Thread(target=self._work, args=(seed + number, number * part, part)) for number in range(count)
+            # Daemons: where a disk hangs, its test fails and does not hang as well.
+            threading.Thread(target=self._work, args=(seed + number, number * part, part), daemon=True)
+            for number in range(count)
         ]
         for thread in self._threads:
             thread.start()

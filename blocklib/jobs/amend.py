@@ -34,6 +34,7 @@ def amend(
     cache: CacheMode = "writeback",
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[ImageInfo]:
     """Change an image in place, by creation `options` in QEMU's names; gives what the image is afterwards.
@@ -49,7 +50,7 @@ def amend(
     if not options:
         raise UsageError("amend takes options that say what is to change")
     task = _Amend(target, options, format, force, references, cache)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Amend(Record, Task[ImageInfo]):

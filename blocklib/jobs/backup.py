@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 from blocklib import graph
@@ -51,6 +53,7 @@ def backup(
     on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write",
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
     transaction: DiskTransaction | None = None,
 ) -> Job[BackupResult]:
@@ -91,7 +94,9 @@ def backup(
     )
     policies = on_source_error, on_target_error
     task = _Backup(disk, end, marks, sync, compress is not None, compress_level, policies, on_cbw_error == "break-snapshot")
-    job = Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    job = Job(
+        task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress, held=True
+    )
     started = _Started(task, job)
     if transaction is None:
         with DiskTransaction() as alone:
@@ -195,40 +200,51 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         assert state is not None
         assert source is not None
         assert target is not None
-        copied = self._copy(control, state, source, target)
-        if self.sync != "none":
-            with graph.alone(self._top):
-                # What a writer was to copy first, and could not, is still as it was.
-                rest = DirtyCopy(control, state, source, target)
-                rest.finish()
-                copied += rest.bytes_read
-                self.undo()
+        errors = Errors(control, *self.policies)
+        copied = 0
+        while True:
+            copied += self._copy(control, errors, state, source, target)
+            rest = DirtyCopy(control, state, source, target)
+            is_done = errors.attempt(partial(self._complete, rest, target))
+            copied += rest.bytes_read
+            if is_done:
+                break
         self._leave()
-        self._raise_failures()
-        target.flush()
-        self.end.close()
-        self.marks.end(state, succeeded=True)
-        self._claim.release()
         return BackupResult(bytes_copied=copied)
 
-    def _copy(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> int:
-        errors = Errors(control, *self.policies)
+    def _complete(self, rest: DirtyCopy, target: Disk) -> None:
+        """The end of the work: from now on nobody copies anything first."""
+        with graph.alone(self._top):
+            if self.sync != "none":
+                rest.finish()  # what a writer was to copy first, and could not, is still as it was
+            self._raise_failures()
+            target.flush()
+            self.undo()
+
+    def finalize(self, control: Control, result: BackupResult) -> BackupResult:
+        """The target is what it was to be: keep it, and let the bitmap know."""
+        assert self._state is not None
+        self.end.close()
+        self.marks.end(self._state, succeeded=True)
+        self._claim.release()
+        return result
+
+    def _copy(self, control: Control, errors: Errors, state: CopyState, source: CopiedImage, target: Disk) -> int:
         compression = None
         if self.compressed:
             compression = Compression(target.node.compressor(self.level), target.write_packed)
         done = copied = 0
-        if self.sync == "none":
-            with control.changed:
+        with control.changed:
+            if self.sync == "none" and "ready" not in control.reached:
                 control.become("ready")
         while True:
+            control.pause_point()
             self._raise_failures()
             left = state.count()
             if self.sync == "none":
                 with control.changed:
                     if control.completing or control.keeping:
                         return copied
-                control.pause_point()
-                with control.changed:
                     control.clock.wait(control.changed, _IDLE_SECONDS)
                 continue
             if not left:
@@ -252,12 +268,13 @@ class _Backup(Record, Task[BackupResult], frozen=False):
             raise self._failures[0]
 
     def abort(self) -> None:
-        self._leave()
-        self.end.close()
-        if self._state is not None:
-            self.marks.end(self._state, succeeded=False)
-        self._claim.release()
-        self.end.remove()
+        with ExitStack() as stack:  # all of it, in reverse order, whatever fails
+            stack.callback(self._claim.release)
+            stack.callback(self.end.remove)
+            stack.callback(self.end.close)
+            if self._state is not None:
+                stack.callback(self.marks.end, self._state, succeeded=False)
+            stack.callback(self._leave)
 
 
 class _Started:
@@ -278,8 +295,7 @@ class _Started:
         self._task.undo()
 
     def finish(self) -> None:
-        self._job.start()
+        self._job.release()
 
     def abort(self) -> None:
-        self._task.abort()
-        self._job.cancel()
+        self._job.drop()

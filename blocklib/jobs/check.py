@@ -30,6 +30,7 @@ def check(
     force_share: bool = False,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[CheckReport]:
     """Follow every reference of an image and compare with what it counts; changes nothing.
@@ -38,7 +39,7 @@ def check(
     format that cannot be checked.
     """
     task = _Check(target, format, force_share)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 @started
@@ -51,6 +52,7 @@ def repair(
     expect: RepairReport | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[RepairReport]:
     """Repair an image: its "leaks", or "all" that ``qemu-img check -r all`` repairs.
@@ -61,7 +63,7 @@ def repair(
     if what not in get_args(RepairWhat):
         raise UsageError(f"what to repair is 'leaks' or 'all', not {what!r}")
     task = _Repair(target, what, format, dry_run, expect)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Check(Record, Task[CheckReport]):

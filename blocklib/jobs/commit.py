@@ -34,6 +34,7 @@ def commit(
     references: References = "deny",
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[CommitResult]:
     """Copy what `target` holds into its backing file, which is reopened writable for that and grows if it is shorter.
@@ -48,7 +49,7 @@ def commit(
     Raises UsageError (no backing file), NameNotFoundError (`base` is not in the chain), LockedError, StorageError.
     """
     task = _Commit(target, base, empty and base is None, format, references)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Commit(Record, Task[CommitResult]):

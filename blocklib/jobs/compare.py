@@ -31,6 +31,7 @@ def compare(
     strict: bool = False,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[CompareResult]:
     """Compare what two disks read as; where the longer one has more, that has to be zero.
@@ -38,7 +39,7 @@ def compare(
     With `strict` they must also be of one size, and store the same ranges in the same way: as data, as zeroes, or not at
     all.  The first difference ends it.
     """
-    return Job(_Compare(a, b, strict), speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(_Compare(a, b, strict), speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Compare(Record, Task[CompareResult]):

@@ -71,6 +71,8 @@ class Control:
         self.clock = clock
         self.changed = threading.Condition()
         self.status: JobStatus = "created"
+        self.reached: set[JobStatus] = {"created"}
+        """The states it has been in."""
         self.error: BaseException | None = None
         self.cancelled = False
         self.pausing = False
@@ -136,10 +138,7 @@ class Control:
         self.report()
         with self.changed:
             while True:
-                self.check_cancelled()
-                if self.pausing:
-                    self._park()
-                    continue
+                self.park_if_asked()
                 now = self.clock.now()
                 wait = self._limit.free_at - now
                 if wait <= 0:
@@ -147,12 +146,16 @@ class Control:
                     return
                 self.clock.wait(self.changed, wait)
 
-    def _park(self) -> None:
-        was_ready = self.status == "ready"
-        self.become("standby" if was_ready else "paused")
-        while self.pausing and not self.cancelled:
-            self.clock.wait(self.changed, None)
-        self.become("ready" if was_ready else "running")
+    def park_if_asked(self) -> None:
+        """Wait while the job is paused; called with `changed` held.  Raises JobCancelled."""
+        self.check_cancelled()
+        while self.pausing:
+            was_ready = self.status == "ready"
+            self.become("standby" if was_ready else "paused")
+            while self.pausing and not self.cancelled:
+                self.clock.wait(self.changed, None)
+            self.become("ready" if was_ready else "running")
+            self.check_cancelled()
 
     def stop(self, error: BlocklibError) -> None:
         """Pause until the job is resumed, because of `error`; called with `changed` held."""
@@ -166,6 +169,7 @@ class Control:
         """Move to `status`, which must follow the present one, and tell it; called with `changed` held."""
         assert status in TRANSITIONS[self.status], f"{self.status} -> {status}"
         self.status = status
+        self.reached.add(status)
         self.tell()
 
     def tell(self) -> None:
@@ -218,12 +222,19 @@ class Task(ABC, Generic[R]):
     def claim(self) -> None:
         """Take what no other job may have meanwhile: the last that happens before the job can start.
 
-        Raises GraphConflictError.  `run` or `abort` gives it back.
+        Raises GraphConflictError.  `run`, `finalize` or `abort` gives it back.
         """
 
     @abstractmethod
     def run(self, control: Control) -> R:
-        """Do the work and return its result; everything opened here is closed here, however it ends."""
+        """Do the work and return its result."""
+
+    def finalize(self, control: Control, result: R) -> R:
+        """Do what cannot be taken back - a change of the graph - and return the job's result.
+
+        Not called for a job that was cancelled while it was pending.  What raises here has changed nothing.
+        """
+        return result
 
     def abort(self) -> None:
-        """Remove what `run` created: it raised, or the job was cancelled after it."""
+        """Remove what `run` created, or whatever of it was made: the job has failed, or was cancelled, begun or not."""

@@ -77,6 +77,7 @@ def convert(
     skip_broken_bitmaps: bool = False,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[ConvertResult]:
     """Copy `source` into `target`; several sources are copied one after the other into one disk.
@@ -148,7 +149,7 @@ def convert(
         compress=compress,
         compress_level=compress_level,
     )
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Convert(Record, Task[ConvertResult]):

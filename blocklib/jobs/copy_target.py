@@ -137,7 +137,11 @@ class CopyTarget:
                 change.attach(node, "backing", below)
             for edge in tuple(filter.parents):
                 change.redirect(edge, node)
-        self._opened = None
+            # What is closed now may fail, but the disk is the copy all the same.
+            change.when_done(self._keep)
+
+    def _keep(self) -> None:
+        self._opened = self._new = None
 
 
 class Marks:

@@ -51,11 +51,19 @@ class Job(Generic[R]):
         *,
         speed: int = 0,
         auto_finalize: bool = True,
+        auto_dismiss: bool = False,
         progress: ProgressCallback | None = None,
         clock: Clock = CLOCK,
+        held: bool = False,
     ) -> None:
+        """With `auto_finalize` False the job waits, pending, for `finalize`; with `auto_dismiss` it dismisses itself.
+
+        One that is `held` belongs to a transaction, which ends with `release` or `drop`.
+        """
         self._task = task
         self._auto_finalize = auto_finalize
+        self._auto_dismiss = auto_dismiss
+        self._held = held
         self._finalized = False
         self._begun = False  # its thread may be there, even if nobody can see it yet
         self._control = Control(task.verb, speed=speed, progress=progress, clock=clock)
@@ -118,7 +126,7 @@ class Job(Generic[R]):
         clock = self._control.clock
         deadline = None if timeout is None else clock.now() + timeout
         with self._changed:
-            while self._control.status not in ENDED and self._control.status != until:
+            while self._control.status not in ENDED and until not in self._control.reached:
                 if self._control.status == "created" and not self._begun:
                     self._refuse("wait")
                 left = None if deadline is None else deadline - clock.now()
@@ -165,9 +173,15 @@ class Job(Generic[R]):
             with self._changed:
                 if self._control.status != "created" or self._begun:
                     self._refuse("start")
+                if self._held:
+                    self._refuse("start", "part of a transaction that has not ended")
                 _at_work.add(self)
                 self._begun = True
                 self._thread.start()
+        except RuntimeError as exc:  # there is no thread to be had
+            _at_work.discard(self)
+            self._abort(exc)
+            raise
         except KeyboardInterrupt:
             # While the thread was starting.  If it is there but not yet to be seen, it ends by itself: it is cancelled
             # before it has touched anything.
@@ -176,6 +190,18 @@ class Job(Generic[R]):
             self._end()
             raise
         return self
+
+    def release(self) -> None:
+        """Its transaction has been made: begin.  If it was cancelled meanwhile, it ends at once."""
+        with self._changed:
+            self._held = False
+            self.start()
+
+    def drop(self) -> None:
+        """Its transaction has failed: it never begins."""
+        with self._changed:
+            self._held = False
+        self.cancel(force=True)
 
     def cancel(self, force: bool = False) -> None:
         """Ask the job to stop at the next safe place; returns at once, and `wait` then raises JobCancelled.
@@ -191,11 +217,11 @@ class Job(Generic[R]):
                 self._control.pausing = False
             else:
                 self._control.cancelled = True
-            if not self._begun:
-                self._control.become("aborting")
-                self._control.error = JobCancelled(f"the {self._task.verb} job was cancelled before it began")
-                self._control.become("concluded")
             self._changed.notify_all()
+            if self._begun or self._held:
+                return
+            self._begun = True
+        self._abort(JobCancelled(f"the {self._task.verb} job was cancelled before it began"))
 
     def pause(self) -> None:
         """Ask the job to park at the next safe place, with no request in flight; returns at once.
@@ -229,7 +255,7 @@ class Job(Generic[R]):
             self._changed.notify_all()
 
     def finalize(self) -> None:
-        """Let a job that was started with ``auto_finalize=False`` and is pending conclude."""
+        """Let a job that was started with ``auto_finalize=False`` and is pending do what cannot be taken back, and conclude."""
         with self._verb("finalize"):
             self._finalized = True
             self._changed.notify_all()
@@ -276,14 +302,16 @@ class Job(Generic[R]):
     def _conclude(self, result: R) -> None:
         control = self._control
         with self._changed:
-            control.check_cancelled()
+            control.park_if_asked()
             control.become("waiting")
             control.become("pending")
             while not (self._auto_finalize or self._finalized or control.cancelled):
                 control.clock.wait(self._changed, None)
             control.check_cancelled()
+        result = self._task.finalize(control, result)  # who cancels from now on may come too late
+        with self._changed:
             self._results.append(result)
-            control.become("concluded")
+            self._end_as_concluded()
 
     def _abort(self, error: BaseException) -> None:
         with self._changed:
@@ -294,7 +322,12 @@ class Job(Generic[R]):
             error.add_note(f"cleaning up failed too: {exc}")
         with self._changed:
             self._control.error = error
-            self._control.become("concluded")
+            self._end_as_concluded()
+
+    def _end_as_concluded(self) -> None:
+        self._control.become("concluded")
+        if self._auto_dismiss:
+            self._control.become("null")
 
 
 def started(make: Callable[P, Job[R]]) -> Callable[P, Job[R]]:

@@ -31,6 +31,7 @@ def measure(
     options: Mapping[str, OptionValue] | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[MeasureResult]:
     """The bytes that an image of `format` with creation `options` takes: one converted from `source`, or new of `size` bytes.
@@ -45,7 +46,7 @@ def measure(
     if format == "raw" and given.get("backing_file") is not None:
         raise OptionError("a raw image has no backing file", option="backing_file", driver="raw")
     task = _Measure(source, size or 0, format, check_options(format, given, table="create"))
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Measure(Record, Task[MeasureResult]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
 
 from blocklib import graph
@@ -49,6 +51,7 @@ def mirror(
     on_target_error: ErrorPolicy = "report",
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[MirrorResult]:
     """Copy `disk`, which may be written meanwhile, to `target`, and keep both equal once the job is ready.
@@ -89,7 +92,7 @@ def mirror(
         unmap,
         (on_source_error, on_target_error),
     )
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Mirror(Record, Task[MirrorResult], frozen=False):
@@ -106,36 +109,32 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
     def __post_init__(self) -> None:
         self._top = self.disk.node
         self._failures: list[BlocklibError] = []
+        self._state: CopyState | None = None
+        self._source: CopiedImage | None = None
+        self._placement: Placement | None = None
 
     def claim(self) -> None:
         self._claim = graph.Claim(self.verb, graph.chain(self._top))
 
     def run(self, control: Control) -> MirrorResult:
-        top = self._top
-        try:
-            control.check_cancelled()
-            target = self.end.open(top.size)
-            try:
-                return self._mirror(control, target)
-            finally:
-                self.end.close()
-        finally:
-            self._claim.release()
-
-    def abort(self) -> None:
-        self._claim.release()
-        self.end.remove()
-
-    def _mirror(self, control: Control, target: Disk) -> MirrorResult:
-        top = self._top
-        if target.size < top.size:
-            raise OutOfRangeError(f"the target has {target.size} bytes, the disk {top.size}")
+        """Copy until little is left and the end was asked for."""
+        target = self.end.open(self._top.size)
+        if target.size < self._top.size:
+            raise OutOfRangeError(f"the target has {target.size} bytes, the disk {self._top.size}")
         # A cluster of a target over a backing file, which is not open, is copied as a whole or not at all.
         unit = (target.node.cluster_size() or 1) if self.end.has_backing else 1
-        state = CopyState(top.size, max(self.granularity, unit))
-        source = CopiedImage(top, "mirror")
+        state = self._state = CopyState(self._top.size, max(self.granularity, unit))
+        source = self._source = CopiedImage(self._top, "mirror")
+        self._begin(control, state, source, target)
+        self.marks.mark(state)
+        self._target = target
+        return self._copy(control, state, source, target)
+
+    def _begin(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> None:
+        """From now on what is written is marked, or copied."""
+        top = self._top
         around = DirtyCopy(control, state, source, target, unmap=self.unmap)
-        filter = MirrorTop(
+        self._filter = MirrorTop(
             top.filename,
             state,
             read_only=top.read_only,
@@ -143,33 +142,12 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             copy=around.copy_around if self.blocking and self.end.has_backing else None,
             failed=self._failures.append,
         )
-        try:
-            with graph.alone(top):
-                placement = Placement(filter, top)
-                try:
-                    self.marks.begin(state)
-                except BaseException:
-                    placement.take_away()
-                    raise
-            try:
-                copied = self._copy(control, state, source, target, filter)
-            finally:
-                with graph.alone(top):
-                    placement.take_away()
-        except BaseException:
-            self.marks.end(state, succeeded=False)
-            raise
-        finally:
-            with graph.Transaction() as change:
-                change.detach(source.edge)
-        self.marks.end(state, succeeded=True)
-        return copied
+        with graph.alone(top):
+            self._placement = Placement(self._filter, top)
+            self.marks.begin(state)
 
-    def _copy(
-        self, control: Control, state: CopyState, source: CopiedImage, target: Disk, filter: MirrorTop
-    ) -> MirrorResult:
+    def _copy(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> MirrorResult:
         errors = Errors(control, *self.policies)
-        self.marks.mark(state)
         # A writer of ours may have put something there already.
         zero_known = self.end.is_zero and not self.blocking
         done = copied = 0
@@ -183,7 +161,13 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
                     ready = True
                 ending = ready and (control.completing or control.keeping)
             if ending and left <= _SMALL_REST:
-                break
+                # Here an error may still stop the job, or make it try again; in `finalize` it is too late for that.
+                rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
+                if errors.attempt(partial(self._equal, rest, target)):
+                    return MirrorResult(bytes_copied=copied + rest.bytes_read, pivoted=control.completing)
+                copied += rest.bytes_read
+                control.pause_point()
+                continue
             control.set_total(done + left)
             if left:
                 block = self.granularity if zero_known else 0
@@ -196,7 +180,12 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
                 control.pause_point()
                 state.wait_for_marks(_IDLE_SECONDS)
             self._raise_failures(errors)
-        return self._finish(control, state, source, target, filter, copied)
+
+    def _equal(self, rest: DirtyCopy, target: Disk) -> None:
+        """Make both equal for a moment, in which nobody writes."""
+        with graph.alone(self._top):
+            rest.finish()
+            target.flush()
 
     def _raise_failures(self, errors: Errors) -> None:
         while self._failures:
@@ -207,15 +196,46 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
 
             errors.attempt(fail)
 
-    def _finish(
-        self, control: Control, state: CopyState, source: CopiedImage, target: Disk, filter: MirrorTop, copied: int
-    ) -> MirrorResult:
-        """Copy the rest while nobody writes, and end in the same moment."""
-        pivots = control.completing
+    def finalize(self, control: Control, result: MirrorResult) -> MirrorResult:
+        """Copy what was written since, and end in the same moment."""
+        state, source, target = self._state, self._source, self._target
+        assert state is not None
+        assert source is not None
+        while state.count() > _SMALL_REST:
+            DirtyCopy(control, state, source, target, unmap=self.unmap).sweep()
+        rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
         with graph.alone(self._top):
-            rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
-            rest.finish()
-            target.flush()
-            if pivots:
-                self.end.become(filter)
-        return MirrorResult(bytes_copied=copied + rest.bytes_read, pivoted=pivots)
+            if state.any():
+                rest.finish()
+                target.flush()
+            if result.pivoted:
+                self.end.become(self._filter)
+            self._take_away()
+        self._forget_source()
+        self.marks.end(state, succeeded=True)
+        self._claim.release()
+        self.end.close()
+        return MirrorResult(bytes_copied=result.bytes_copied + rest.bytes_read, pivoted=result.pivoted)
+
+    def _take_away(self) -> None:
+        placement, self._placement = self._placement, None
+        if placement is not None:
+            placement.take_away()
+
+    def _forget_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            with graph.Transaction() as change:
+                change.detach(source.edge)
+
+    def abort(self) -> None:
+        with ExitStack() as stack:  # all of it, in reverse order, whatever fails
+            stack.callback(self._claim.release)
+            stack.callback(self.end.remove)
+            stack.callback(self.end.close)
+            if self._state is not None:
+                stack.callback(self.marks.end, self._state, succeeded=False)
+            stack.callback(self._forget_source)
+            if self._placement is not None:
+                stack.enter_context(graph.alone(self._top))
+                stack.callback(self._take_away)

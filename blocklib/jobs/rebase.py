@@ -41,6 +41,7 @@ def rebase(
     secrets: Mapping[str, Secret | SSLContext | ThrottleGroup] | None = None,
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[RebaseResult]:
     """Make `backing` (None: nothing) the backing file of `target`; the name is stored as given, relative to its folder.
@@ -62,7 +63,7 @@ def rebase(
         raise UsageError("backing_format without a backing file")
     name = os.fspath(backing) if backing is not None else None
     task = _Rebase(target, name, backing_format, unsafe, format, references, secrets)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Rebase(Record, Task[RebaseResult]):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph, plan
 from blocklib.buffers import zeroes
-from blocklib.errors import ReadOnlyError, UsageError
+from blocklib.errors import ReadOnlyError, StorageError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.control import Control, ProgressCallback, Task
+from blocklib.jobs.dirty_copy import ErrorPolicy, Errors, check_policy
 from blocklib.jobs.ends import image_below, images_below
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced, runs_above, zipped
+from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Piece, Run, coalesced, runs_above, zipped
 from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
 from blocklib.records import Record
 from blocklib.reports import NodeInfo, StreamResult
@@ -31,15 +33,18 @@ def stream(
     *,
     base: NodeInfo | str | os.PathLike[str] | None = None,
     backing_file: str | None = None,
+    on_error: ErrorPolicy = "report",
     speed: int = 0,
     auto_finalize: bool = True,
+    auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[StreamResult]:
     """Copy into the top image of `disk` what the images below it hold, down to `base`, which becomes its backing file.
 
     Without `base` the disk ends as one image without a backing file.  `base` is an image of ``disk.chain()`` or a file name;
     `backing_file` is the name to be stored for it, by default the one by which the chain names it.  The disk may be written
-    meanwhile.  When it is cancelled, part of the data is in the top image, and the chain is as before.
+    meanwhile.  When it is cancelled, part of the data is in the top image, and the chain is as before.  `on_error`: see
+    `ErrorPolicy`; to "ignore" an error is to go on without what could not be copied, and to fail with it at the end.
 
     Raises UsageError (no backing file, or a name without `base`), NameNotFoundError (`base` is not below the top image),
     ReadOnlyError, StorageError.
@@ -50,8 +55,9 @@ def stream(
         name = disk.node.filename or disk.node.name
         raise ReadOnlyError(f"{name}: opened for reading; mode 'r+' writes", node=disk.node.name)
     _find_base(disk, base)
-    task = _Stream(disk, base, backing_file)
-    return Job(task, speed=speed, auto_finalize=auto_finalize, progress=progress)
+    check_policy("on_error", on_error)
+    task = _Stream(disk, base, backing_file, on_error)
+    return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
 class _Stream(Record, Task[StreamResult], frozen=False):
@@ -60,29 +66,38 @@ class _Stream(Record, Task[StreamResult], frozen=False):
     disk: Disk
     base: NodeInfo | str | os.PathLike[str] | None
     backing_file: str | None
+    on_error: ErrorPolicy
 
     def claim(self) -> None:
         self._claim = graph.Claim(self.verb, graph.chain(self.disk.node))
 
     def run(self, control: Control) -> StreamResult:
-        try:
-            return self._stream(control)
-        finally:
-            self._claim.release()
-
-    def abort(self) -> None:
-        self._claim.release()
-
-    def _stream(self, control: Control) -> StreamResult:
+        """Copy all that the top image does not hold."""
         disk = self.disk
         top = disk.node
-        base = _find_base(disk, self.base)
-        control.set_total(top.size)
+        errors = Errors(control, self.on_error, self.on_error)
+        copied = 0
         with _user_of(top) as edge:
-            copy = BlockCopy(control, disk, _Filler(edge), unit=top.data_unit() or 1, unordered=True)
-            copy.run(_runs_between(disk, base))
+            while True:
+                with control.changed:
+                    done = control.snapshot().done
+                control.set_total(done + top.size)
+                copy = _Filling(
+                    control, disk, _Filler(edge), unit=top.data_unit() or 1, skips=self.on_error == "ignore"
+                )
+                # Again from the beginning: what was copied is in the top image now.
+                is_done = errors.attempt(partial(copy.run, _runs_between(disk, _find_base(disk, self.base))))
+                copied += copy.bytes_written
+                if copy.skipped is not None:
+                    raise copy.skipped
+                if is_done:
+                    return StreamResult(bytes_copied=copied, backing=None)
+
+    def finalize(self, control: Control, result: StreamResult) -> StreamResult:
+        """Take what lies between out of the chain."""
+        top = self.disk.node
         with graph.alone(top):
-            base = _find_base(disk, self.base)  # again: the chain may have changed
+            base = _find_base(self.disk, self.base)  # again: the chain may have changed
             name, format = self._stored_name(top, base)
             with graph.Transaction() as change:
                 edge = top.children["backing"]
@@ -90,7 +105,11 @@ class _Stream(Record, Task[StreamResult], frozen=False):
                 if base is not None:
                     change.attach(top, "backing", base)
                 top.change_backing(name, format)
-        return StreamResult(bytes_copied=copy.bytes_written, backing=name)
+        self._claim.release()
+        return StreamResult(bytes_copied=result.bytes_copied, backing=name)
+
+    def abort(self) -> None:
+        self._claim.release()
 
     def _stored_name(self, top: Node, base: Node | None) -> tuple[str | None, str | None]:
         """(name, format) of the base as the top image is to store them."""
@@ -132,6 +151,25 @@ def _runs_between(disk: Disk, base: Node | None) -> Iterator[Run]:
         (start, n, SKIP if mine != COMPARE else zeroes if there == ZERO else there)
         for start, n, mine, there in zipped(own, between)
     )
+
+
+class _Filling(BlockCopy):
+    """Fills an image; with `skips`, pieces that fail are left out, and `skipped` is the first error."""
+
+    def __init__(self, control: Control, disk: Disk, filler: _Filler, *, unit: int, skips: bool) -> None:
+        super().__init__(control, disk, filler, unit=unit, unordered=True)
+        self._skips = skips
+        self._told = control
+        self.skipped: StorageError | None = None
+
+    def _do(self, piece: Piece, buffer: memoryview) -> None:
+        try:
+            super()._do(piece, buffer)
+        except StorageError as error:
+            if not self._skips:
+                raise
+            self.skipped = self.skipped or error
+            self._told.advance(piece.length)
 
 
 @contextmanager

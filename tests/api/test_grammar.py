@@ -100,7 +100,9 @@ def test_a_signature_has_at_least_what_the_page_says(
         assert _plain(parameters[name].default) == default
 
 
-LONG_VERBS = ("check", "commit", "compare", "convert", "measure", "rebase", "repair")
+LONG_VERBS = ("amend", "check", "commit", "compare", "convert", "measure", "rebase", "repair")
+CHAIN_VERBS = ("backup", "mirror", "stream")
+STEERED = {"speed", "auto_finalize", "auto_dismiss"}
 
 
 @pytest.mark.parametrize("verb", LONG_VERBS)
@@ -110,8 +112,13 @@ def test_a_long_verb_is_a_job_of_the_same_arguments(verb: str) -> None:
     for name in waited.keys() & started.keys():
         assert (waited[name].kind, waited[name].default) == (started[name].kind, started[name].default)
     assert "progress" in waited
-    assert {"speed", "auto_finalize"} <= started.keys()
+    assert started.keys() >= STEERED
     assert waited.keys() - started.keys() <= {"progress"}
+
+
+@pytest.mark.parametrize("verb", CHAIN_VERBS)
+def test_a_job_on_a_chain_in_use_is_steered_like_any_other(verb: str) -> None:
+    assert {*STEERED, "progress"} <= inspect.signature(getattr(jobs, verb)).parameters.keys()
 
 
 def test_choices_are_literals_in_qemus_spelling() -> None:

@@ -280,8 +280,10 @@ def test_what_a_writer_could_not_keep_at_the_last_moment_is_still_copied(
     target = tmp_path / "copy.qcow2"
     copy_all = _Backup._copy
 
-    def copy_all_but_one(self: _Backup, control: Any, state: CopyState, source: Any, end: blocklib.Disk) -> int:
-        copied = copy_all(self, control, state, source, end)
+    def copy_all_but_one(
+        self: _Backup, control: Any, errors: Any, state: CopyState, source: Any, end: blocklib.Disk
+    ) -> int:
+        copied = copy_all(self, control, errors, state, source, end)
         end.write(0, b"torn" * 100)  # as a copy that failed half way leaves it: marked again
         state.mark(0, 1)
         return copied
