@@ -50,17 +50,20 @@ if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.diskfile import DiskFile
     from blocklib.extents import EXTENT_DTYPE, RANGE_DTYPE, Extent
+    from blocklib.inspection import Inspector, inspect
     from blocklib.opening import info, open
     from blocklib.options import describe_options, parse_options
     from blocklib.policy import Limits, Reference
     from blocklib.reports import (
         BackupResult,
+        Check,
         CheckReport,
         CommitResult,
         CompareResult,
         ConvertResult,
         Finding,
         ImageInfo,
+        Inspection,
         MeasureResult,
         MirrorResult,
         NodeInfo,
@@ -82,6 +85,7 @@ _PLACES = {
     "DiskFile": "diskfile",
     "EXTENT_DTYPE": "extents",
     "Extent": "extents",
+    "Inspector": "inspection",
     "InternalSnapshot": "snapshots",
     "Limits": "policy",
     "RANGE_DTYPE": "extents",
@@ -91,6 +95,7 @@ _PLACES = {
     "describe_options": "options",
     "create": "creating",
     "info": "opening",
+    "inspect": "inspection",
     "jobs": "",
     "open": "opening",
     "parse_options": "options",
@@ -99,12 +104,14 @@ _PLACES = {
     **dict.fromkeys(
         (
             "BackupResult",
+            "Check",
             "CheckReport",
             "CommitResult",
             "CompareResult",
             "ConvertResult",
             "Finding",
             "ImageInfo",
+            "Inspection",
             "MeasureResult",
             "MirrorResult",
             "NodeInfo",
@@ -141,6 +148,7 @@ __all__ = [
     "BatchError",
     "Bitmap",
     "BlocklibError",
+    "Check",
     "CheckReport",
     "ClosedError",
     "CommitResult",
@@ -160,6 +168,8 @@ __all__ = [
     "ImageInfo",
     "ImageLimitError",
     "ImageNotFoundError",
+    "Inspection",
+    "Inspector",
     "InternalSnapshot",
     "JobCancelled",
     "JobError",
@@ -206,6 +216,7 @@ __all__ = [
     "describe_options",
     "format_size",
     "info",
+    "inspect",
     "jobs",
     "measure",
     "open",

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, cast
 from blocklib.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blocklib.inspection.account import Account, Examination
     from blocklib.node import Node
 
 _FORMATS = {
@@ -31,6 +34,7 @@ _FILTERS = {
     "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",
     "throttle": "blocklib.filters.throttle:ThrottleNode",
 }
+_EXAMINERS = {"qcow2": "blocklib.formats.qcow2.examination:examine"}
 _PLACES = _FORMATS | _PROTOCOLS | _FILTERS
 
 FORMATS = tuple(sorted(_FORMATS))
@@ -70,3 +74,9 @@ def load(name: str) -> type[Node]:
     check_name(name)
     module, _, attribute = _PLACES[name].partition(":")
     return cast("type[Node]", getattr(import_module(module), attribute))
+
+
+def examiner(name: str) -> Callable[[bytes, Account], Examination]:
+    """What examines the images of a format for `blocklib.inspect`: called with the head of the file."""
+    module, _, attribute = _EXAMINERS[name].partition(":")
+    return cast("Callable[[bytes, Account], Examination]", getattr(import_module(module), attribute))

@@ -16,11 +16,13 @@ PROBE_LENGTH = 512
 _QCOW_MAGIC = b"QFI\xfb"
 _VDI_MAGIC = b"\x7f\x10\xda\xbe"
 _VDI_MAGIC_OFFSET = 0x40
-_LUKS_VERSION_1 = b"LUKS\xba\xbe\x00\x01"
+_LUKS_MAGIC = b"LUKS\xba\xbe"
+_LUKS_VERSION_1 = _LUKS_MAGIC + b"\x00\x01"
 _PARALLELS_VERSION_2 = (b"WithoutFreeSpace\x02\x00\x00\x00", b"WithouFreSpacExt\x02\x00\x00\x00")
 _BOCHS_GROWING = b"Bochs Virtual HD Image".ljust(32, b"\0") + b"Redolog".ljust(16, b"\0") + b"Growing".ljust(16, b"\0")
 _BOCHS_VERSIONS = (b"\x00\x00\x01\x00", b"\x00\x00\x02\x00")
 _CLOOP_SCRIPT = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
+_VHD_COOKIE = b"conectix"
 _VMDK_DESCRIPTOR = b"# Disk DescriptorFile"
 _VMDK_VERSIONS = (b"version=1", b"version=2", b"version=3")
 
@@ -28,7 +30,7 @@ _AT_START: tuple[tuple[str, bytes], ...] = (
     ("vmdk", b"KDMV"),
     ("vmdk", b"COWD"),
     ("vhdx", b"vhdxfile"),
-    ("vpc", b"conectix"),
+    ("vpc", _VHD_COOKIE),
     ("qed", b"QED\0"),
     ("luks", _LUKS_VERSION_1),
     ("parallels", _PARALLELS_VERSION_2[0]),
@@ -37,6 +39,25 @@ _AT_START: tuple[tuple[str, bytes], ...] = (
     ("bochs", _BOCHS_GROWING + _BOCHS_VERSIONS[1]),
     ("cloop", _CLOOP_SCRIPT),
 )
+
+HEAD_LENGTH = 64 << 10
+"""What `matches` wants of the beginning of a file, ..."""
+TAIL_LENGTH = 1536
+"""... and of its end."""
+SIGNATURES = (
+    "qcow2", "qcow", "vmdk", "vhdx", "vhd", "qed", "vdi", "luks", "parallels", "bochs", "cloop", "iso", "gpt",
+)  # fmt: skip
+"""Every name that `matches` gives, in its order: images first, then what a disk may hold.
+
+They are those of OpenStack's format inspector: QEMU's "vpc" is "vhd", and "gpt" is any table of partitions in the first
+sector, of the old kind, too.
+"""
+_CALLED_HERE = {"vpc": "vhd"}
+_ISO_MAGIC = b"CD001"
+_ISO_MAGIC_OFFSET = 0x8001
+_BOOT_SIGNATURE = b"\x55\xaa"
+_BOOT_SIGNATURE_OFFSET = 510
+_VHD_FOOTER_LENGTH = 512
 
 
 def probe(first_bytes: bytes | memoryview) -> str | None:
@@ -56,6 +77,35 @@ def probe(first_bytes: bytes | memoryview) -> str | None:
         if start.startswith(magic):
             return name
     return "vmdk" if _is_vmdk_descriptor(start) else None
+
+
+def matches(head: bytes, tail: bytes = b"") -> tuple[str, ...]:
+    """Every format whose signature a file has, each where the format puts it, from SIGNATURES and in its order.
+
+    `head` is its first HEAD_LENGTH bytes, `tail` its last TAIL_LENGTH, or all of a shorter file.  `probe` stops at the first
+    that QEMU would; here two tell of a file that two programs would read as two different disks.
+    """
+    found = {_CALLED_HERE.get(name, name) for name, magic in _AT_START if head.startswith(magic)}
+    if head.startswith(_QCOW_MAGIC):
+        found.add("qcow" if head[4:8] == b"\0\0\0\1" else "qcow2")
+    if head.startswith(_LUKS_MAGIC):
+        found.add("luks")
+    if head.startswith(_VDI_MAGIC, _VDI_MAGIC_OFFSET):
+        found.add("vdi")
+    if _is_vmdk_descriptor(head):
+        found.add("vmdk")
+    if has_vhd_footer(tail):
+        found.add("vhd")
+    if head.startswith(_ISO_MAGIC, _ISO_MAGIC_OFFSET):
+        found.add("iso")
+    if head.startswith(_BOOT_SIGNATURE, _BOOT_SIGNATURE_OFFSET):
+        found.add("gpt")
+    return tuple(name for name in SIGNATURES if name in found)
+
+
+def has_vhd_footer(tail: bytes) -> bool:
+    """Whether a file that ends with `tail` ends as a VHD does; one of fixed size shows itself nowhere else."""
+    return tail[-_VHD_FOOTER_LENGTH:].startswith(_VHD_COOKIE)
 
 
 def probe_readable(first_bytes: bytes | memoryview, filename: str | None = None) -> str | None:

@@ -5,13 +5,15 @@ Sizes and offsets are bytes; `host_offset` is an offset in the image file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from blocklib.records import Record, field
 
 if TYPE_CHECKING:
     from datetime import datetime
+
+    from blocklib.policy import Reference
 
 
 class SnapshotInfo(Record):
@@ -202,3 +204,66 @@ class RepairReport(Record):
     steps: tuple[RepairStep, ...]
     before: CheckReport
     after: CheckReport | None = None
+
+
+class Check(Record):
+    """What one check of an inspection found; `message` is one line, whether it passed or not."""
+
+    name: str
+    passed: bool
+    message: str
+
+
+class Checks(Mapping[str, Check]):
+    """The checks of an inspection by name; cannot be changed."""
+
+    __slots__ = ("_checks",)
+
+    def __init__(self, checks: Iterable[Check] = ()) -> None:
+        self._checks = {check.name: check for check in checks}
+
+    def __getitem__(self, name: str) -> Check:
+        return self._checks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checks)
+
+    def __len__(self) -> int:
+        return len(self._checks)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._checks.values()))
+
+    def __repr__(self) -> str:
+        return f"Checks({list(self._checks.values())!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Checks, (tuple(self._checks.values()),)
+
+
+class Inspection(Record):
+    """What a file says of itself to somebody who has opened nothing else; see `blocklib.inspect`."""
+
+    formats: tuple[str, ...]
+    """Every format whose signature the file has; none is an answer: a raw disk has no signature."""
+    virtual_size: int | None
+    """Bytes of the disk; None where it cannot be told, or where several formats say different things."""
+    references: tuple[Reference, ...] = ()
+    """Files that the image names, as it spells them."""
+    features: tuple[str, ...] = ()
+    """The feature bits that are set, by name; those that we do not know by their number."""
+    encrypted: bool = False
+    limits_exceeded: tuple[str, ...] = ()
+    """Fields of `policy.Limits` that the image asks to go beyond."""
+    checks: Checks = field(default_factory=Checks)
+    """By name: those of OpenStack's format inspector, and some of our own."""
+
+    @property
+    def safe(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks.values())
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks.values() if not check.passed)

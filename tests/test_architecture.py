@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"dirty_bits", "nbd", "options"}),
     frozenset({"copy", "policy"}),
     frozenset({"node", "probe", "tracking"}),
-    frozenset({"passing"}),
+    frozenset({"inspection", "passing"}),
     frozenset({"formats", "protocols", "filters"}),
     frozenset({"plan", "status", "diskfile"}),
     frozenset({"places"}),

@@ -40,6 +40,7 @@ COMMANDS = {
     "create": "make a new image",
     "dd": "copy a range of blocks between images",
     "info": "show what an image says of itself",
+    "inspect": "tell whether a file is safe to hand on, without trusting it",
     "io": "read and write single ranges, in qemu-io's language",
     "map": "show where every range of an image lives",
     "measure": "tell how many bytes a new image needs",

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  #
 REFERENCE = Reference("backing", "base.qcow2", "qcow2", "dir/top.qcow2", 1)
 FINDING = blocklib.Finding("leak", "refcount block entry", 65536, "0", "1")
 CHECK = blocklib.CheckReport("disk.qcow2", "qcow2", (FINDING,), leaks=1, image_end_offset=1 << 20)
+PASSED = blocklib.Check("header", True, "fine")
 STEP = blocklib.RepairStep("lower", "refcount", 65536, "1", "0")
 SNAPSHOT = blocklib.SnapshotInfo("1", "monday", datetime(2024, 1, 2, tzinfo=UTC), 0, 5, 1 << 30)
 PROGRESS = blocklib.Progress(1, 2, 3.0, 4.0)
@@ -57,6 +58,8 @@ VALUES: list[object] = [
     blocklib.StreamResult(1, None),
     blocklib.CompareResult(False, "content", 5, True, False),
     blocklib.MeasureResult(1, 2, 3),
+    PASSED,
+    blocklib.Inspection(("qcow2",), 1, (REFERENCE,), ("bitmaps",), True, ("l1_bytes",), reports.Checks((PASSED,))),
     FINDING,
     CHECK,
     STEP,

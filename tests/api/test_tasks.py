@@ -263,6 +263,31 @@ def test_task_12_check_and_repair_with_a_plan() -> None:
         blocklib.repair("disk.qcow2", "all", expect=plan)
 
 
+def test_task_13_inspect_an_upload() -> None:
+    make_chain()
+    verdict = blocklib.inspect(Path("top.qcow2"))
+    assert isinstance(verdict, blocklib.Inspection)
+    assert not verdict.safe
+    with pytest.raises(SystemExit, match=r"^the image has a backing file, 'base\.qcow2'$"):
+        raise SystemExit("; ".join(check.message for check in verdict.checks.values() if not check.passed))
+    assert [reference.name for reference in verdict.references] == ["base.qcow2"]
+    assert {"backing_file", "data_file", "unknown_features"} < set(verdict.checks)
+
+    make_disk("upload.bin")
+    inspector = blocklib.Inspector()
+    with Path("upload.bin").open("rb") as stream, Path("saved.bin").open("wb") as saved:
+        while chunk := stream.read(1 * MiB):
+            inspector.feed(chunk)
+            saved.write(chunk)
+    verdict = inspector.finish()
+    assert verdict == blocklib.inspect(Path("saved.bin"))
+    assert verdict.safe
+    assert (verdict.formats, verdict.virtual_size, verdict.encrypted) == (("qcow2",), 10 * GiB, False)
+    with Path("upload.bin").open("rb") as stream:
+        assert blocklib.inspect(stream) == verdict
+    assert blocklib.inspect("upload.bin", limits=policy.Limits(virtual_size=1 * GiB)).limits_exceeded == ("virtual_size",)
+
+
 def test_task_14_a_file_inside_archives_partitions(folder: Path) -> None:
     (folder / "in").mkdir()
     (folder / "in" / "a.txt").write_text("from the archive")

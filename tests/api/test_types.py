@@ -43,7 +43,7 @@ def test_the_usage_that_is_type_checked_runs(
 
 
 def test_every_task_that_can_be_done_has_an_example() -> None:
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
 
 
 def test_the_package_says_that_it_is_typed() -> None:

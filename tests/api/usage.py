@@ -145,6 +145,24 @@ def check_and_repair_with_a_plan(answer: str = "yes") -> None:
         blocklib.repair("disk.qcow2", "all", expect=plan)
 
 
+def inspect_an_upload() -> None:
+    verdict = blocklib.inspect(Path("disk.img"))
+    assert_type(verdict, blocklib.Inspection)
+    assert_type(verdict.checks["null"], blocklib.Check)
+    assert_type(verdict.virtual_size, int | None)
+    assert_type(verdict.references, tuple[blocklib.Reference, ...])
+    if not verdict.safe:
+        raise SystemExit("; ".join(check.message for check in verdict.checks.values() if not check.passed))
+    inspector = blocklib.Inspector(expect="raw", limits=policy.Limits(virtual_size=10 * GiB))
+    with Path("disk.img").open("rb") as stream, Path("saved.bin").open("wb") as saved:
+        while chunk := stream.read(1 * MiB):
+            inspector.feed(chunk)
+            saved.write(chunk)
+    assert_type(inspector.finish(), blocklib.Inspection)
+    with Path("saved.bin").open("rb") as stream:
+        print(blocklib.inspect(stream).formats)
+
+
 def a_file_inside() -> None:
     with blocklib.open("backup.img", format="raw") as disk, tarfile.open(fileobj=disk.as_file()) as archive:
         archive.extractall("out", filter="data")

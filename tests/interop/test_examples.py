@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", ["incremental_backup.py", "live_migration.py"])
+@pytest.mark.parametrize("name", ["incremental_backup.py", "inspect_upload.py", "live_migration.py"])
 def test_an_example_ends_well(name: str) -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=200, check=False, stdin=subprocess.DEVNULL

@@ -73,3 +73,8 @@ def test_a_short_bench_imports_no_heavy_package(image: Path) -> None:
 def test_one_read_of_a_small_image_imports_no_heavy_package(image: Path) -> None:
     code = "import sys, blocklib\nwith blocklib.open(sys.argv[1]) as disk: assert disk.read(0, 512) == bytes(512)"
     assert not HEAVY & _imported_by("-c", code, str(image))
+
+
+def test_inspecting_an_image_imports_no_heavy_package(image: Path) -> None:
+    assert not HEAVY & _imported_by("-m", "blocklib", "inspect", "--output=json", str(image))
+    assert not HEAVY & _imported_by("-c", "from blocklib import inspect")

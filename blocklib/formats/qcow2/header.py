@@ -179,7 +179,7 @@ def header_span(first_bytes: bytes | memoryview) -> int:
     view = memoryview(first_bytes)
     if len(view) < layout.HEADER_V3_MIN_LENGTH or bytes(view[:4]) != layout.MAGIC:
         return layout.HEADER_V3_LENGTH
-    header = _unpack_fields(view)
+    header = unpack_fields(view)
     if not layout.MIN_CLUSTER_BITS <= header.cluster_bits <= layout.MAX_CLUSTER_BITS:
         return layout.HEADER_V3_LENGTH
     cluster_size = 1 << header.cluster_bits
@@ -215,16 +215,16 @@ def parse_header(
         ImageCorruptError: anything else that contradicts the specification.
     """
     view = memoryview(data)
-    header = _unpack_version_checked(view, node)
+    header = unpack_version_checked(view, node)
     refuse = checks.Refusal(header, node)
     checks.check_sizes(header, refuse)
     checks.check_limits(header, limits, refuse)
     unknown = header.incompatible_features & ~layout.INCOMPATIBLE_KNOWN
     if unknown:
-        raise _unsupported(unknown, _feature_names_of(view, header), node)
+        raise unsupported_features(unknown, feature_names_of(view, header), node)
     checks.check_compression_type(header, refuse)
-    header.backing_name_bytes = _read_backing_name(view, header, refuse)
-    header.extensions = _read_extensions(view, header, node)
+    header.backing_name_bytes = read_backing_name(view, header, refuse)
+    header.extensions = read_extensions(view, header, node)
     checks.check_encryption(header, refuse)
     checks.check_tables(header, file_length, for_check, refuse)
     return header
@@ -233,9 +233,9 @@ def parse_header(
 def parse_accepted_header(data: bytes | memoryview) -> tuple[Header, int]:
     """A header that `parse_header` has accepted before, and the host offset where its extension area ends."""
     view = memoryview(data)
-    header = _unpack_version_checked(view, None)
-    header.backing_name_bytes = _read_backing_name(view, header, checks.Refusal(header, None))
-    header.extensions = _read_extensions(view, header, None)
+    header = unpack_version_checked(view, None)
+    header.backing_name_bytes = read_backing_name(view, header, checks.Refusal(header, None))
+    header.extensions = read_extensions(view, header, None)
     end = header.header_length
     for offset, _, length in _walk_extensions(view, end, _extensions_stop(header)):
         end = offset + layout.extension_span(length)
@@ -251,10 +251,11 @@ def check_supported(header: Header, supported_mask: int, *, node: str | None = N
     """
     refused = header.incompatible_features & ~supported_mask
     if refused:
-        raise _unsupported(refused, header.feature_names, node)
+        raise unsupported_features(refused, header.feature_names, node)
 
 
-def _unsupported(bits: int, names: dict[tuple[int, int], str], node: str | None) -> UnsupportedFeatureError:
+def unsupported_features(bits: int, names: dict[tuple[int, int], str], node: str | None) -> UnsupportedFeatureError:
+    """The error for these incompatible feature bits; `names` are those of the image's own table."""
     known = {**names, **layout.FEATURE_NAMES}  # an image does not get to rename what we know
     features = [
         known.get((layout.FEATURE_INCOMPATIBLE, bit)) or f"incompatible feature bit {bit}"
@@ -272,7 +273,8 @@ def _unsupported(bits: int, names: dict[tuple[int, int], str], node: str | None)
     )
 
 
-def _unpack_version_checked(view: memoryview, node: str | None) -> Header:
+def unpack_version_checked(view: memoryview, node: str | None) -> Header:
+    """The fields of a version that we know.  Raises FormatMismatchError, UnsupportedFeatureError, ImageCorruptError."""
     found = bytes(view[:4])
     if found != layout.MAGIC:
         raise FormatMismatchError(
@@ -300,10 +302,10 @@ def _unpack_version_checked(view: memoryview, node: str | None) -> Header:
             found=f"{len(view)} bytes",
             node=node,
         )
-    return _unpack_fields(view)
+    return unpack_fields(view)
 
 
-def _unpack_fields(view: memoryview) -> Header:
+def unpack_fields(view: memoryview) -> Header:
     """The fields as they stand.  Version 2 gets what version 3 would say by its version: its bytes end at 72."""
     (
         _, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method, l1_size, l1_table_offset,
@@ -337,7 +339,7 @@ def _unpack_fields(view: memoryview) -> Header:
     return header
 
 
-def _read_backing_name(view: memoryview, header: Header, refuse: checks.Refusal) -> bytes | None:
+def read_backing_name(view: memoryview, header: Header, refuse: checks.Refusal) -> bytes | None:
     """The name's exact bytes, or None; QEMU too wants it inside the first cluster [seen]."""
     offset, size = header.backing_file_offset, header.backing_file_size
     if not offset:
@@ -378,7 +380,8 @@ def _extensions_stop(header: Header) -> int:
     return header.backing_file_offset or 1 << header.cluster_bits
 
 
-def _read_extensions(view: memoryview, header: Header, node: str | None) -> list[Extension]:
+def read_extensions(view: memoryview, header: Header, node: str | None) -> list[Extension]:
+    """All header extensions.  Raises ImageCorruptError."""
     extensions: list[Extension] = []
     stop = min(_extensions_stop(header), len(view))
     for offset, kind, length in _walk_extensions(view, header.header_length, stop):
@@ -410,7 +413,7 @@ def _read_extensions(view: memoryview, header: Header, node: str | None) -> list
     return extensions
 
 
-def _feature_names_of(view: memoryview, header: Header) -> dict[tuple[int, int], str]:
+def feature_names_of(view: memoryview, header: Header) -> dict[tuple[int, int], str]:
     """The feature name table of an image about to be refused, as far as it can be found."""
     for offset, kind, length in _walk_extensions(view, header.header_length, _extensions_stop(header)):
         if kind == layout.EXTENSION_FEATURE_NAMES:

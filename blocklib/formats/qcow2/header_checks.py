@@ -6,6 +6,7 @@ Sources: section "Header" of ``docs/interop/qcow2.rst``; what QEMU 7.2 refuses b
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from blocklib.errors import ImageCorruptError, ImageError, ImageLimitError, UnsupportedFeatureError
@@ -79,23 +80,39 @@ def check_sizes(header: Header, refuse: Refusal) -> None:
 
 
 def check_limits(header: Header, limits: Limits, refuse: Refusal) -> None:
+    for _limit, error in limit_faults(header, limits, refuse):
+        raise error
+
+
+def limit_faults(header: Header, limits: Limits, refuse: Refusal) -> Iterator[tuple[str, ImageError]]:
+    """For each limit that the header is above: its name, and the error for it."""
     cluster_size = 1 << header.cluster_bits
     largest = min(limits.virtual_size, layout.MAX_VIRTUAL_SIZE)
-    if cluster_size > limits.cluster_size:
-        expected = f"clusters of at most {limits.cluster_size} bytes (the limit cluster_size)"
-        raise refuse("cluster_bits", expected, ImageLimitError)
-    if header.size > largest:
-        raise refuse("size", f"at most {largest} bytes (the limit virtual_size)", ImageLimitError)
-    if header.l1_size * layout.TABLE_ENTRY_LENGTH > limits.l1_bytes:
-        raise refuse("l1_size", f"entries of at most {limits.l1_bytes} bytes in all (the limit l1_bytes)", ImageLimitError)
-    if header.refcount_table_clusters * cluster_size > limits.refcount_table_bytes:
-        raise refuse(
+    table_bytes = header.refcount_table_clusters * cluster_size
+    for limit, name, exceeds, expected in (
+        (
+            "cluster_size",
+            "cluster_bits",
+            cluster_size > limits.cluster_size,
+            f"clusters of at most {limits.cluster_size} bytes",
+        ),
+        ("virtual_size", "size", header.size > largest, f"at most {largest} bytes"),
+        (
+            "l1_bytes",
+            "l1_size",
+            header.l1_size * layout.TABLE_ENTRY_LENGTH > limits.l1_bytes,
+            f"entries of at most {limits.l1_bytes} bytes in all",
+        ),
+        (
+            "refcount_table_bytes",
             "refcount_table_clusters",
-            f"at most {limits.refcount_table_bytes} bytes in all (the limit refcount_table_bytes)",
-            ImageLimitError,
-        )
-    if header.nb_snapshots > limits.snapshots:
-        raise refuse("nb_snapshots", f"at most {limits.snapshots} (the limit snapshots)", ImageLimitError)
+            table_bytes > limits.refcount_table_bytes,
+            f"at most {limits.refcount_table_bytes} bytes in all",
+        ),
+        ("snapshots", "nb_snapshots", header.nb_snapshots > limits.snapshots, f"at most {limits.snapshots}"),
+    ):
+        if exceeds:
+            yield limit, refuse(name, f"{expected} (the limit {limit})", ImageLimitError)
 
 
 def check_compression_type(header: Header, refuse: Refusal) -> None:

@@ -9,10 +9,11 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from blocklib.errors import ImageCorruptError, ImageLimitError, NameNotFoundError, UsageError
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.header_checks import prefix
 from blocklib.reports import SnapshotInfo
 
 if TYPE_CHECKING:
@@ -93,14 +94,22 @@ def read_snapshots(file: Edge, header: Header, *, node: str | None) -> list[Snap
 
     Raises ImageCorruptError, ImageLimitError, both with the host offset of the entry; StorageError.
     """
-    table = _TableReader(file, header, node)
+    table = TableReader(file, header, node)
     return [table.next(index) for index in range(header.nb_snapshots)]
 
 
-class _TableReader:
+class TableFile(Protocol):
+    """What a table is read from."""
+
+    @property
+    def size(self) -> int: ...
+    def read(self, offset: int, view: memoryview, /) -> None: ...
+
+
+class TableReader:
     """Reads entry after entry; only the entries say how long the table is."""
 
-    def __init__(self, file: Edge, header: Header, node: str | None) -> None:
+    def __init__(self, file: TableFile, header: Header, node: str | None) -> None:
         self._file = file
         self._start = header.snapshots_offset
         self._node = node
@@ -152,7 +161,7 @@ class _TableReader:
         self, index: int, expected: str, found: str, kind: type[ImageCorruptError | ImageLimitError] = ImageCorruptError
     ) -> ImageCorruptError | ImageLimitError:
         return kind(
-            f"{self._node}: snapshot table entry {index}: {found} where {expected} was expected",
+            f"{prefix(self._node)}snapshot table entry {index}: {found} where {expected} was expected",
             structure=f"snapshot table entry {index}",
             host_offset=self._start + self._position,
             expected=expected,
