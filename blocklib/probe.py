@@ -98,9 +98,21 @@ def matches(head: bytes, tail: bytes = b"") -> tuple[str, ...]:
         found.add("vhd")
     if head.startswith(_ISO_MAGIC, _ISO_MAGIC_OFFSET):
         found.add("iso")
-    if head.startswith(_BOOT_SIGNATURE, _BOOT_SIGNATURE_OFFSET):
+    if head.startswith(_BOOT_SIGNATURE, _BOOT_SIGNATURE_OFFSET) and not _begins_fat(head):
         found.add("gpt")
     return tuple(name for name in SIGNATURES if name in found)
+
+
+def _begins_fat(head: bytes) -> bool:
+    """Whether a FAT file system begins here: it has the boot signature of a table of partitions, and code in its place."""
+    bytes_per_sector, sectors_per_cluster, copies, media = int.from_bytes(head[11:13], "little"), head[13], head[16], head[21]
+    return (
+        head[0] in (0xEB, 0xE9)  # a jump over these numbers
+        and bytes_per_sector in (512, 1024, 2048, 4096)
+        and sectors_per_cluster.bit_count() == 1
+        and copies in (1, 2)
+        and (media == 0xF0 or media >= 0xF8)
+    )
 
 
 def has_vhd_footer(tail: bytes) -> bool:

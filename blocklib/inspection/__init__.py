@@ -294,9 +294,10 @@ class _Work:
         still: list[_Capture] = []
         while self.waiting:
             capture = self.waiting.pop()
-            skip = capture.want.offset + len(capture.data) - start
-            assert skip >= 0, "an examination wants what has gone by"
-            capture.data += view[skip : skip + capture.missing]
+            if capture.missing:
+                skip = capture.want.offset + len(capture.data) - start
+                assert skip >= 0, "an examination wants what has gone by"
+                capture.data += view[skip : skip + capture.missing]
             if capture.missing:
                 still.append(capture)
             else:

@@ -222,6 +222,8 @@ def examine_vmdk(head: bytes, account: Account) -> Examination:
         account.failed("descriptor", f"the descriptor has {length} bytes, more than {_MOST_DESCRIPTOR}")
     else:
         data = yield Want(offset, length)
+        if len(data) < length:
+            account.failed("descriptor", f"the file ends inside the descriptor, at {offset + len(data)}")
         _judge_descriptor(data.partition(b"\0")[0], account, embedded=True)
 
 

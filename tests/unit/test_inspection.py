@@ -38,7 +38,9 @@ def failed(found: blocklib.Inspection) -> set[str]:
     return {check.name for check in found.failures}
 
 
+FAT = bytes.fromhex("eb3c906d6b66732e666174000204040002000200 40f80c00").ljust(510, b"\xf6") + b"\x55\xaa"
 RAW = {
+    "FAT without partitions": lay((0, FAT)),
     "empty": b"",
     "one byte": b"x",
     "zeroes": bytes(MiB),
@@ -72,6 +74,9 @@ TABLES = {
     "no partition": (boot_sector(), {"mbr"}),
     "boot flag of the first": (boot_sector(partition(0x12, 0x83, 2048, 4096)), {"mbr"}),
     "boot flag of the last": (boot_sector(LINUX, bytes(16), bytes(16), partition(1, 0, 0, 0)), {"mbr"}),
+    "FAT without copies": (FAT[:16] + b"\0" + FAT[17:], {"mbr"}),
+    "FAT of odd sectors": (FAT[:11] + b"\1" + FAT[12:], {"mbr"}),
+    "FAT without a jump": (b"\0" + FAT[1:], {"mbr"}),
     "boot code instead of a table": (boot_sector(table=b"no system disk, press a key ".ljust(64, b"x")), {"mbr"}),
     "protection from sector 2": (boot_sector(partition(0, 0xEE, 2, 8191, foreign.PROTECTED)), {"mbr"}),
     "protection from sector 0": (boot_sector(partition(0, 0xEE, 0, 8191, foreign.PROTECTED)), {"mbr"}),

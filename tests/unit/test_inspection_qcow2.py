@@ -384,6 +384,7 @@ FILES: list[Callable[[], bytes]] = [
         (100_000 - 1024, foreign.vmdk_header()),
         length=100_000,
     ),
+    lambda: foreign.lay((0, foreign.vmdk_header()), (512, foreign.vmdk_descriptor()), length=100_000),
     lambda: foreign.lay((0, foreign.luks_header()), length=3 * MiB),
     lambda: foreign.lay(*foreign.vhdx(), length=4 * MiB),
 ]

@@ -172,7 +172,7 @@ class _Captured:
         self.size = size
         """Of the file, in bytes."""
 
-    def read(self, offset: int, view: memoryview) -> None:
+    def read(self, offset: int, view: memoryview, _event: str | None = None) -> None:
         start = offset - self._offset
         found = self._data[start : start + len(view)]
         if len(found) < len(view):
