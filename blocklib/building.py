@@ -186,7 +186,7 @@ class Builder:
     ) -> Node:
         """The node that a child is given as: an open disk, a path or URL, or options; and `path`, where the target is it."""
         if isinstance(below, Disk):
-            return below.node
+            return below.root.node
         if isinstance(below, (str, os.PathLike)):
             below, path = None, below
         if path is not None:

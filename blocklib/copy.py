@@ -8,7 +8,7 @@ is copied again, or reserves the range itself and so waits for a copy that is un
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from blocklib.dirty_bits import DirtyBits
@@ -84,10 +84,9 @@ class CopyState:
     @contextmanager
     def reserved(self, offset: int, length: int) -> Iterator[None]:
         """Whole pieces around a range are ours while the block runs; waits while they are somebody else's."""
-        start = offset & -self.granularity
-        mine = start, min(self.size, -(-(offset + length) // self.granularity) * self.granularity)
+        mine = self._pieces(offset, length)
         with self._changed:
-            self._changed.wait_for(lambda: not any(mine[0] < end and first < mine[1] for first, end in self._reserved))
+            self._changed.wait_for(lambda: not self._is_reserved(*mine))
             self._reserved.append(mine)
         try:
             yield
@@ -96,10 +95,31 @@ class CopyState:
                 self._reserved.remove(mine)
                 self._changed.notify_all()
 
+    def concerns(self, offset: int, length: int) -> bool:
+        """Whether something of the whole pieces around a range is to be copied, or being copied."""
+        start, end = self._pieces(offset, length)
+        with self._changed:
+            found = self._bits.next_dirty(start)
+            return (found is not None and found[0] < end) or self._is_reserved(start, end)
+
+    def copy(self, offset: int, length: int, copy: Callable[[int, int], None]) -> None:
+        """Reserve the pieces that a range touches and `copy` what is to be copied of them, (offset, length) each, ascending.
+
+        What was not copied, because it raised, is to be copied still.
+        """
+        with self.reserved(offset, length):
+            taken = self.take(offset, length)
+            try:
+                for start, n in taken:
+                    copy(start, n)
+            except BaseException:
+                for start, n in taken:
+                    self.mark(start, n)
+                raise
+
     def take(self, offset: int, length: int) -> list[tuple[int, int]]:
         """What of a range is to be copied, in whole pieces, which are no longer marked.  The caller has reserved them."""
-        end = min(self.size, -(-(offset + length) // self.granularity) * self.granularity)
-        position = offset & -self.granularity
+        position, end = self._pieces(offset, length)
         taken = []
         with self._changed:
             while (found := self._bits.next_dirty(position)) is not None and found[0] < end:
@@ -109,3 +129,10 @@ class CopyState:
             for start, n in taken:
                 self._bits.clear_range(start, n)
         return taken
+
+    def _pieces(self, offset: int, length: int) -> tuple[int, int]:
+        """[start, end) of the pieces that a range touches."""
+        return offset & -self.granularity, min(self.size, -(-(offset + length) // self.granularity) * self.granularity)
+
+    def _is_reserved(self, start: int, end: int) -> bool:
+        return any(start < other_end and other < end for other, other_end in self._reserved)

@@ -78,9 +78,11 @@ class Disk:
     @property
     def node(self) -> Node:
         """The top image; filters may stand above it."""
-        return status.skip_filters(self._open_root().node)
+        return status.skip_filters(self.root.node)
 
-    def _open_root(self) -> graph.Edge:
+    @property
+    def root(self) -> graph.Edge:
+        """The edge that the requests of this disk begin with.  Raises ClosedError."""
         root = self._root
         if root is None:
             raise ClosedError("the disk is closed")
@@ -90,7 +92,7 @@ class Disk:
 
     def image_edge(self) -> graph.Edge:
         """The edge to the top image: of this disk, or of the last filter above it."""
-        edge = self._open_root()
+        edge = self.root
         while edge.node.is_filter:
             edge = edge.node.children["file"]
         return edge
@@ -101,7 +103,7 @@ class Disk:
         ``remove`` of the result takes it away again.  Raises OptionError, and what opening another child of it raises.
         """
         # By name, as drivers are: opening the other children of a filter stands above disks.
-        inserted: InsertedFilter = import_module("blocklib.insertion").insert(self._open_root(), driver, options)
+        inserted: InsertedFilter = import_module("blocklib.insertion").insert(self.root, driver, options)
         return inserted
 
     def add_overlay(
@@ -378,7 +380,7 @@ class Disk:
         tracker = self._tracker
         tracker.enter()
         try:
-            self._open_root().node.flush()
+            self.root.node.flush()
         finally:
             tracker.leave()
 
@@ -479,13 +481,9 @@ class Disk:
 
     # -- becoming another disk ----------------------------------------------------------------------------------------
 
-    def hand_over(self, change: graph.Transaction) -> None:
-        """Let others write to the images of this disk, as part of `change`; what is left here may read."""
-        change.set_permissions(self._open_root(), wanted=CONSISTENT_READ, shared=graph.ALL)
-
     def forget(self, change: graph.Transaction) -> None:
         """Let go of the images as part of `change`: others use them now.  Nobody else uses this disk."""
-        change.detach(self._open_root())
+        change.detach(self.root)
         change.when_done(self._forget)
 
     def _forget(self) -> None:

@@ -29,8 +29,10 @@ _PROTOCOLS = {
 }
 _FILTERS = {
     "blkdebug": "blocklib.filters.blkdebug:BlkdebugNode",
+    "blkverify": "blocklib.filters.blkverify:BlkverifyNode",
     "blklogwrites": "blocklib.filters.blklogwrites:BlkLogWritesNode",
     "compress": "blocklib.filters.compress:CompressNode",
+    "copy-before-write": "blocklib.filters.copy_before_write:CopyBeforeWriteNode",
     "copy-on-read": "blocklib.filters.copy_on_read:CopyOnReadNode",
     "throttle": "blocklib.filters.throttle:ThrottleNode",
 }

@@ -149,6 +149,15 @@ class Edge:
                 plan.write_unallocated(top, offset + done, data[done : done + n])
             done += n
 
+    def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """(offset, length, whether it reads as zero by what is known) of a range, ascending and without gaps."""
+        for extent in status.extents(self.node, offset, length):
+            yield extent.offset, extent.length, extent.zero
+
+    def top_image(self) -> Node:
+        """The first image of the child's chain."""
+        return status.skip_filters(self.node)
+
     def find_image(self, name: str | None) -> Node | None:
         """The image of this node name in the child's chain; None for None.  Raises NameNotFoundError."""
         if name is None:
@@ -421,13 +430,14 @@ def drained(*nodes: Node) -> Iterator[None]:
     """No request of any user is inside while the block runs; nests.  Raises UsageError from inside a request."""
     with lock:
         trackers = []
-        holding: set[Filter] = set()
+        filters: set[Filter] = set()
         for node in nodes:
             for edge in roots_above(node):
                 if edge.tracker is not None and edge.tracker not in trackers:
                     trackers.append(edge.tracker)
                     below = (edge.node, *_below(edge.node))
-                    holding.update(found for found in below if isinstance(found, Filter) and found.holds_requests)
+                    filters.update(found for found in below if isinstance(found, Filter))
+    holding = [found for found in filters if found.holds_requests]
     held = []
     try:
         for found in holding:
@@ -435,6 +445,8 @@ def drained(*nodes: Node) -> Iterator[None]:
         for tracker in trackers:
             tracker.drain()
             held.append(tracker)
+        for found in filters:
+            found.settle()
         yield
     finally:
         for tracker in held:
@@ -448,6 +460,21 @@ def alone(node: Node) -> Iterator[None]:
     """As `drained`, and no other thread is alone with the node: two may have drained it at once."""
     with drained(node), node.changing:
         yield
+
+
+class Loan:
+    """A user lets others write to what its edge `root` points at, as part of `change`; it may read until the `end`."""
+
+    def __init__(self, root: Edge, change: Transaction) -> None:
+        self._root = root
+        self._before = root.wanted, root.shared
+        change.set_permissions(root, wanted=root.wanted & CONSISTENT_READ, shared=ALL)
+
+    def end(self, change: Transaction) -> None:
+        """As before, as part of `change`; nothing where the user is gone."""
+        if self._root in self._root.node.parents:
+            wanted, shared = self._before
+            change.set_permissions(self._root, wanted=wanted, shared=shared)
 
 
 class Claim:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blocklib import drivers, graph
 from blocklib.building import Builder
+from blocklib.disk import Disk
 from blocklib.errors import OptionError, UsageError
 from blocklib.options import nest
 from blocklib.policy import Limits
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 class InsertedFilter:
     """A filter above the images of a disk, until `remove`."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, loans: Sequence[graph.Loan] = ()) -> None:
         self.node = node
         """The filter."""
+        self._loans = loans
 
     def __repr__(self) -> str:
         return f"<InsertedFilter {self.node.driver} {self.node.name}>"
@@ -31,13 +33,17 @@ class InsertedFilter:
         with graph.alone(node):
             if not node.parents:
                 raise UsageError(f"the filter {node.name} stands above nothing any more", node=node.name)
-            _take_away(node)
+            self._take_away()
 
-
-def _take_away(node: Node) -> None:
-    with graph.Transaction() as change:
-        for edge in tuple(node.parents):
-            change.redirect(edge, node.children["file"].node)
+    def _take_away(self) -> None:
+        with graph.Transaction() as change:
+            below, *others = self.node.children.values()
+            for edge in tuple(self.node.parents):
+                change.redirect(edge, below.node)
+            for edge in others:  # now, so that whose they are can have them back
+                change.detach(edge)
+            for loan in self._loans:
+                loan.end(change)
 
 
 def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> InsertedFilter:
@@ -53,28 +59,33 @@ def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> Inserte
     try:
         others = builder.other_children(driver, typed, read_only=root.node.read_only, inherited={})
         with graph.alone(root.node):
-            node = _insert(root, driver, typed, others)
+            inserted = _insert(root, driver, typed, others)
             try:
-                for opened in (*builder.nodes, node):
+                for opened in (*builder.nodes, inserted.node):
                     if not opened.read_only:
                         opened.activate()
             except BaseException:
-                _take_away(node)
+                inserted._take_away()
                 raise
     except BaseException:
         builder.release()
         raise
-    return InsertedFilter(node)
+    return inserted
 
 
-def _insert(root: graph.Edge, driver: str, typed: Mapping[str, Any], others: Mapping[str, Node]) -> Node:
-    """The new filter, between `root` and what it pointed at, with its `others` children below it."""
+def _insert(root: graph.Edge, driver: str, typed: Mapping[str, Any], others: Mapping[str, Node]) -> InsertedFilter:
+    """The new filter, between `root` and what it pointed at, with its `others` children below it.
+
+    Open disks among those are lent to it.
+    """
+    lenders = [typed[name] for name in others if isinstance(typed[name], Disk) and typed[name].mode == "r+"]
     below = root.node
     node = drivers.load(driver).from_options(typed, read_only=below.read_only, filename=below.filename)
     with graph.Transaction() as change:
         change.attach(node, "file", below)
+        loans = [graph.Loan(disk.root, change) for disk in lenders]
         for name, other in others.items():
             change.attach(node, name, other)
         node.load()
         change.redirect(root, node)
-    return node
+    return InsertedFilter(node, loans)

@@ -636,3 +636,6 @@ class Filter(Node):
 
     def hurry(self, hurried: bool) -> None:
         """A drain waits for the requests inside: hold none of them back until it has ended.  Nests."""
+
+    def settle(self) -> None:
+        """No request is inside any more: wait until nothing is done here for those that have ended."""

@@ -6,30 +6,28 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, cast, get_args
 
-from blocklib import graph
-from blocklib.copy import CopyState
-from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
+from blocklib import drivers, graph
+from blocklib.errors import OutOfRangeError, UsageError
 from blocklib.jobs.block_copy import Compression
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
-from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, ErrorPolicy, Errors, Placement, check_policy
+from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, EdgeWriter, ErrorPolicy, Errors, Placement, check_policy
 from blocklib.jobs.job import Job
-from blocklib.jobs.tops import BackupTop
 from blocklib.node import check_level
 from blocklib.records import Record
 from blocklib.reports import BackupResult
-from blocklib.sizes import KiB
 from blocklib.transactions import DiskTransaction
 
 if TYPE_CHECKING:
+    from blocklib.copy import CopyState
     from blocklib.disk import Disk
+    from blocklib.filters.copy_before_write import CopyBeforeWriteNode
     from blocklib.node import Node
     from blocklib.options import OptionValue
     from blocklib.policy import Target
 
-_LEAST_GRANULARITY: Final = 64 * KiB
 _IDLE_SECONDS: Final = 0.1
 
 
@@ -124,9 +122,8 @@ class _Backup(Record, Task[BackupResult], frozen=False):
 
     def __post_init__(self) -> None:
         self._top = self.disk.node
-        self._failures: list[BlocklibError] = []
         self._opened: Disk | None = None
-        self._state: CopyState | None = None
+        self._filter: CopyBeforeWriteNode | None = None
         self._source: CopiedImage | None = None
         self._placement: Placement | None = None
 
@@ -151,37 +148,27 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         """The instant: from now on what is about to change is copied first.  The disk is drained."""
         top = self._top
         assert self._opened is not None
-        granularity = max(_LEAST_GRANULARITY, self._opened.node.cluster_size() or 1)
-        state = self._state = CopyState(top.size, granularity)
         self._source = CopiedImage(top, self.verb)
-        # It is the writers of the disk who use it: they are counted, and wait for nobody.
-        self._first = DirtyCopy(Control(self.verb), state, self._source, self._opened)
-        filter = BackupTop(top.filename, state, read_only=top.read_only, keep=self._keep)
-        self._placement = Placement(filter, top)
+        kind = cast("type[CopyBeforeWriteNode]", drivers.load("copy-before-write"))
+        filter = kind(
+            None, top.filename, read_only=top.read_only, breaks_snapshot=self.breaks_snapshot, job=self.verb
+        )
+        self._placement = Placement(filter, top, self._opened)
+        self._filter = filter
         try:
-            self.marks.begin(state)
-            self.marks.mark(state)
+            self.marks.begin(filter.state)
+            self.marks.mark(filter.state)
         except BaseException:
             self.undo()
             raise
         if self.sync == "none":
-            state.mark(0, top.size)
+            filter.state.mark(0, top.size)
 
     def undo(self) -> None:
         """As if it had not begun; the disk is drained.  `abort` does the rest."""
         placement, self._placement = self._placement, None
         if placement is not None:
             placement.take_away()
-
-    def _keep(self, offset: int, length: int) -> None:
-        if self._failures:
-            return  # the copy is lost already
-        try:
-            self._first.copy_around(offset, length)
-        except BlocklibError as error:
-            if not self.breaks_snapshot:
-                raise
-            self._failures.append(error)
 
     def _leave(self) -> None:
         """Let the writers go their own way again."""
@@ -196,15 +183,16 @@ class _Backup(Record, Task[BackupResult], frozen=False):
     # -- the job ------------------------------------------------------------------------------------------------------
 
     def run(self, control: Control) -> BackupResult:
-        state, source, target = self._state, self._source, self._opened
-        assert state is not None
+        assert self._filter is not None
+        state, source, target = self._filter.state, self._source, self._opened
         assert source is not None
         assert target is not None
         errors = Errors(control, *self.policies)
+        writer = EdgeWriter(self._filter.target)
         copied = 0
         while True:
-            copied += self._copy(control, errors, state, source, target)
-            rest = DirtyCopy(control, state, source, target)
+            copied += self._copy(control, errors, state, source, writer)
+            rest = DirtyCopy(control, state, source, writer)
             is_done = errors.attempt(partial(self._complete, rest, target))
             copied += rest.bytes_read
             if is_done:
@@ -223,16 +211,17 @@ class _Backup(Record, Task[BackupResult], frozen=False):
 
     def finalize(self, control: Control, result: BackupResult) -> BackupResult:
         """The target is what it was to be: keep it, and let the bitmap know."""
-        assert self._state is not None
+        assert self._filter is not None
         self.end.close()
-        self.marks.end(self._state, succeeded=True)
+        self.marks.end(self._filter.state, succeeded=True)
         self._claim.release()
         return result
 
-    def _copy(self, control: Control, errors: Errors, state: CopyState, source: CopiedImage, target: Disk) -> int:
+    def _copy(self, control: Control, errors: Errors, state: CopyState, source: CopiedImage, target: EdgeWriter) -> int:
+        assert self._opened is not None
         compression = None
         if self.compressed:
-            compression = Compression(target.node.compressor(self.level), target.write_packed)
+            compression = Compression(self._opened.node.compressor(self.level), target.write_packed)
         done = copied = 0
         with control.changed:
             if self.sync == "none" and "ready" not in control.reached:
@@ -264,16 +253,16 @@ class _Backup(Record, Task[BackupResult], frozen=False):
             copied += copy.bytes_read
 
     def _raise_failures(self) -> None:
-        if self._failures:
-            raise self._failures[0]
+        if self._filter is not None and self._filter.failure is not None:
+            raise self._filter.failure
 
     def abort(self) -> None:
         with ExitStack() as stack:  # all of it, in reverse order, whatever fails
             stack.callback(self._claim.release)
             stack.callback(self.end.remove)
             stack.callback(self.end.close)
-            if self._state is not None:
-                stack.callback(self.marks.end, self._state, succeeded=False)
+            if self._filter is not None:
+                stack.callback(self.marks.end, self._filter.state, succeeded=False)
             stack.callback(self._leave)
 
 

@@ -128,7 +128,7 @@ class CopyTarget:
             if target is self._opened:
                 target.forget(change)
             else:
-                target.hand_over(change)
+                graph.Loan(target.root, change)  # for good
             below = old.children["backing"].node if self._sync == "top" and "backing" in old.children else None
             if self._sync == "none":
                 below = old

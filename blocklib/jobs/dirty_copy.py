@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, StorageError, UsageError
-from blocklib.jobs.block_copy import BlockCopy, Compression, Writer
+from blocklib.jobs.block_copy import BlockCopy, Compression, Packed, Writer
 from blocklib.jobs.control import Control
 from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run
 from blocklib.node import CONSISTENT_READ
@@ -17,6 +17,7 @@ from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
     from blocklib.copy import CopyState
+    from blocklib.disk import Disk
     from blocklib.node import Filter, Node
 
 ErrorPolicy: TypeAlias = Literal["report", "ignore", "enospc", "stop"]
@@ -78,6 +79,22 @@ class CopiedImage:
             self.tracker.leave()
 
 
+class EdgeWriter:
+    """Writes to a child of a filter, for who is inside a request to the filter's disk: a drain of either waits for that."""
+
+    def __init__(self, edge: graph.Edge) -> None:
+        self._edge = edge
+
+    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
+        plan.write_runs(self._edge.node, runs, placed)
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
+        self._edge.write_zeroes(offset, length, unmap=unmap and self._edge.node.discard_passes)
+
+    def write_packed(self, offset: int, data: memoryview, packed: Packed, unit: int, /) -> None:
+        self._edge.write_packed(offset, data, packed, unit)
+
+
 class DirtyCopy(BlockCopy):
     """Copies what `state` marks, in pieces that are reserved while they are copied."""
 
@@ -126,16 +143,12 @@ class DirtyCopy(BlockCopy):
 
         Waits for no drain.
         """
-        with self._state.reserved(offset, length):
-            taken = self._state.take(offset, length)
-            try:
-                for start, n in taken:  # pieces are whole, even where the range and the buffer hold only part of one
-                    for position in range(start, start + n, len(buffer)):
-                        self._copy_taken(position, min(len(buffer), start + n - position), buffer)
-            except BaseException:
-                for start, n in taken:
-                    self._state.mark(start, n)
-                raise
+
+        def copy(start: int, n: int) -> None:  # pieces are whole, even where the range and the buffer hold only part of one
+            for position in range(start, start + n, len(buffer)):
+                self._copy_taken(position, min(len(buffer), start + n - position), buffer)
+
+        self._state.copy(offset, length, copy)
 
     def copy_around(self, offset: int, length: int) -> None:
         """The same, for pieces that a range touches, in memory of its own."""
@@ -180,14 +193,22 @@ class DirtyCopy(BlockCopy):
 
 
 class Placement:
-    """A filter above an image: all who use the image reach it through the filter.  Made with the image drained."""
+    """A filter above an image: all who use the image reach it through the filter.  Made with the image drained.
 
-    def __init__(self, filter: Filter, node: Node) -> None:
+    A `target` is lent to the filter, as the child of that name.
+    """
+
+    def __init__(self, filter: Filter, node: Node, target: Disk | None = None) -> None:
         self._filter = filter
         self._node = node
+        self._loan: graph.Loan | None = None
         with graph.Transaction() as change:
             users = tuple(node.parents)
             change.attach(filter, "file", node)
+            if target is not None:
+                self._loan = graph.Loan(target.root, change)
+                change.attach(filter, "target", target.root.node)
+            filter.load()
             for edge in users:
                 change.redirect(edge, filter)
 
@@ -196,6 +217,10 @@ class Placement:
         with graph.Transaction() as change:
             for edge in tuple(self._filter.parents):
                 change.redirect(edge, self._node)
+            if self._loan is not None:
+                if "target" in self._filter.children:
+                    change.detach(self._filter.children["target"])
+                self._loan.end(change)
 
 
 class Errors:

@@ -1,6 +1,6 @@
-"""The filters that copying jobs put above the disk that they copy, to hear of what is written to it.
+"""The filter that a mirror puts above the disk that it copies, to hear of what is written to it.
 
-They are no drivers: nobody but a job can make one.
+It is no driver: nobody but a job can make one.
 """
 
 from __future__ import annotations
@@ -127,31 +127,3 @@ class MirrorTop(_CopiedNode):
             except BlocklibError as error:
                 self.state.mark(offset, length)
                 self._failed(error)
-
-
-class BackupTop(_CopiedNode):
-    """Before a part of the disk changes that is still to be copied, `keep` copies it: (offset, length), bytes."""
-
-    driver = "backup"
-
-    def __init__(
-        self, filename: str | None, state: CopyState, *, read_only: bool, keep: Callable[[int, int], object]
-    ) -> None:
-        super().__init__(filename, state, read_only=read_only)
-        self._keep = keep
-
-    def write_special(self, offset: int, place: int, views: Sequence[memoryview]) -> None:
-        self._keep(offset, sum(len(view) for view in views))
-        super().write_special(offset, place, views)
-
-    def pass_packed(self, offset: int, data: memoryview, packed: Sequence[bytes | None], unit: int) -> None:
-        self._keep(offset, len(data))
-        super().pass_packed(offset, data, packed, unit)
-
-    def zero_range(self, offset: int, length: int, *, unmap: bool) -> None:
-        self._keep(offset, length)
-        super().zero_range(offset, length, unmap=unmap)
-
-    def discard_range(self, offset: int, length: int) -> None:
-        self._keep(offset, length)
-        super().discard_range(offset, length)

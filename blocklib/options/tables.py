@@ -43,6 +43,7 @@ class Option(NamedTuple):
     """The options, each an Option, of one entry of a `list`."""
 
 
+_UINT32 = (1 << 32) - 1
 _WEEK = 7 * 24 * 3600
 _PREALLOCATED_FILE = ("off", "falloc", "full")
 
@@ -133,7 +134,7 @@ _QCOW2: tuple[Option, ...] = (
         "cache-clean-interval",
         "int",
         "Seconds after which unused tables leave the caches; 0: never (default: 600)",
-        maximum=(1 << 32) - 1,
+        maximum=_UINT32,
     ),
     Option("snapshot.id", "str", "Read the snapshot with this ID instead of the present state"),
     Option("snapshot.name", "str", "Read the snapshot of this name instead of the present state"),
@@ -241,7 +242,25 @@ OPEN: Mapping[str, tuple[Option, ...]] = {
             minimum=1,
         ),
     ),
+    "blkverify": (
+        Option("raw", "node", "The node that is right", required=True),
+        Option("test", "node", "The node that is compared with it", required=True),
+    ),
     "compress": (Option("file", "node", "The image whose new clusters are written compressed", required=True),),
+    "copy-before-write": (
+        Option("file", "node", "The node whose present content is kept", required=True),
+        Option("target", "node", "Where what is about to be overwritten is copied to first", required=True),
+        Option("bitmap.node", "str", "Node name of the image that has the bitmap (default: the top one)"),
+        Option("bitmap.name", "str", "The dirty bitmap that marks what is kept; default: all of the disk"),
+        Option(
+            "on-cbw-error",
+            "choice",
+            "What fails where the copy fails: the write that waits for it (default), or the copy as a whole",
+            default="break-guest-write",
+            choices=("break-guest-write", "break-snapshot"),
+        ),
+        Option("cbw-timeout", "int", "Seconds after which a copy counts as failed; 0: never", default=0, maximum=_UINT32),
+    ),
     "copy-on-read": (
         Option("file", "node", "The image that keeps what is read from below it", required=True),
         Option("bottom", "str", "Node name of the last image of the chain whose data is kept"),

@@ -12,6 +12,7 @@ import blocklib
 from blocklib import GraphConflictError, KiB, MiB, UsageError, jobs
 from blocklib.copy import CopyState
 from blocklib.jobs.backup import _Backup
+from blocklib.jobs.dirty_copy import EdgeWriter
 from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -281,10 +282,10 @@ def test_what_a_writer_could_not_keep_at_the_last_moment_is_still_copied(
     copy_all = _Backup._copy
 
     def copy_all_but_one(
-        self: _Backup, control: Any, errors: Any, state: CopyState, source: Any, end: blocklib.Disk
+        self: _Backup, control: Any, errors: Any, state: CopyState, source: Any, end: EdgeWriter
     ) -> int:
         copied = copy_all(self, control, errors, state, source, end)
-        end.write(0, b"torn" * 100)  # as a copy that failed half way leaves it: marked again
+        end.write_runs([(0, memoryview(b"torn" * 100))], placed=lambda: None)  # torn, and marked again
         state.mark(0, 1)
         return copied
 
