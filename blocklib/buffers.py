@@ -53,6 +53,20 @@ def is_zero(view: memoryview) -> bool:
     return True
 
 
+def first_difference(view: memoryview, other: memoryview) -> int | None:
+    """The first place at which two buffers of the same length differ, or None."""
+    if view.tobytes() == other.tobytes():  # the comparison of views goes byte by byte
+        return None
+    start, stop = 0, len(view)
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if view[start:middle].tobytes() != other[start:middle].tobytes():
+            stop = middle
+        else:
+            start = middle
+    return start
+
+
 def pieces_of(views: Sequence[memoryview | bytes | bytearray]) -> int:
     """The number of bytes in all of `views`."""
     return sum(len(view) for view in views)
