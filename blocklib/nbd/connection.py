@@ -65,7 +65,10 @@ def dial(address: Address, deadline: float) -> socket.socket:
             sock.close()
             raise
         return sock
-    sock = socket.create_connection((address.host, address.port), left)
+    try:
+        sock = socket.create_connection((address.host, address.port), left)
+    except UnicodeError as exc:  # not even the shape of a host's name
+        raise socket.gaierror(socket.EAI_NONAME, "no host can have that name") from exc
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock

@@ -17,6 +17,10 @@ _SCHEMES: Final = {
 }
 _LEGACY: Final = "nbd:"
 _LEGACY_EXPORT: Final = ":exportname="
+_ESCAPED: Final = "surrogateescape"
+"""How Python holds the bytes of a file name, or an argument, that are no UTF-8."""
+_HIGHEST_PORT: Final = 65535
+_HIGHEST_DESCRIPTOR: Final = (1 << 31) - 1
 
 
 class Address(NamedTuple):
@@ -52,10 +56,11 @@ class NbdUri(NamedTuple):
         """The URI, in the form that QEMU shows."""
         from urllib.parse import quote
 
-        name = quote(self.export, safe="/")
+        name = quote(self.export, safe="/", errors=_ESCAPED)
         if self.address.path:
             shown = "/" + name if name else ""
-            return f"nbd{'s' * self.tls}+unix://{shown}?socket={quote(self.address.path, safe='/')}"
+            path = quote(self.address.path, safe="/", errors=_ESCAPED)
+            return f"nbd{'s' * self.tls}+unix://{shown}?socket={path}"
         text = f"nbd{'s' * self.tls}://{_bracketed(self.address.host)}:{self.address.port}"
         return f"{text}/{name}" if name else text
 
@@ -87,21 +92,18 @@ def parse_uri(text: str) -> NbdUri:
         raise _bad(text, f"its scheme is one of {', '.join(_SCHEMES)}")
     if parts.fragment:
         raise _bad(text, "it has no fragment (#...)")
-    try:
-        wire.encode_string(export)
-    except ValueError as exc:
-        raise _bad(text, str(exc)) from exc
+    check_export(export)
     path = parameters.pop("socket", "")
     if kind == "unix":
         if not path:
             raise _bad(text, "the parameter socket= names the Unix socket")
         if parts.netloc:
             raise _bad(text, "a Unix socket has no host: write nbd+unix:///EXPORT?socket=PATH")
-        address = Address(path=path)
+        address = _checked(Address(path=path))
     else:
         if path:
             raise _bad(text, "socket= is for Unix sockets: nbd+unix:///EXPORT?socket=PATH")
-        address = Address(host=host or "localhost", port=wire.NBD_DEFAULT_PORT if port is None else port)
+        address = _checked(Address(host=host or "localhost", port=wire.NBD_DEFAULT_PORT if port is None else port))
     return _with_tls(text, NbdUri(address, export, tls), parameters, parts.username)
 
 
@@ -113,7 +115,7 @@ def _parameters(query: str) -> dict[str, str]:
         name, _, value = item.partition("=")
         if name in found:
             raise ValueError(f"{name}= is given twice")
-        found[name] = unquote(value, errors="strict")
+        found[name] = unquote(value, errors=_ESCAPED)
     return found
 
 
@@ -146,31 +148,61 @@ def from_legacy(text: str) -> str:
     """The URI for QEMU's old ``nbd:HOST:PORT[:exportname=NAME]`` and ``nbd:unix:PATH[:exportname=NAME]``."""
     place, _, export = text.removeprefix(_LEGACY).partition(_LEGACY_EXPORT)
     if place.startswith("unix:"):
-        address = Address(path=place.removeprefix("unix:"))
+        address = _checked(Address(path=place.removeprefix("unix:")))
     else:
-        host, _, port = place.rpartition(":")
-        if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        host, _, digits = place.rpartition(":")
+        port = _number(digits, _HIGHEST_PORT)
+        if port is None:
             raise _bad(text, "it is nbd:HOST:PORT or nbd:unix:PATH, or has two slashes")
-        address = Address(host=host.strip("[]") or "localhost", port=int(port))
+        address = _checked(Address(host=host.strip("[]") or "localhost", port=port))
     if not address.path and not address.host:
         raise _bad(text, "it names no socket")
-    return str(NbdUri(address, export))
+    return str(NbdUri(address, check_export(export)))
 
 
 def address_of_options(server: dict[str, Any]) -> Address:
     """Where the options ``server.*`` in QEMU's names point to.  Raises UsageError."""
     kind = server.get("type")
     if kind == "inet":
-        port = str(server.get("port") or wire.NBD_DEFAULT_PORT)
-        if not (port.isascii() and port.isdigit() and int(port) < 65536):
-            raise UsageError(f"server.port is a number up to 65535, not {port!r}")
-        return Address(host=server.get("host") or "localhost", port=int(port))
+        digits = str(server.get("port") or wire.NBD_DEFAULT_PORT)
+        port = _number(digits, _HIGHEST_PORT)
+        if port is None:
+            raise UsageError(f"server.port is a number up to {_HIGHEST_PORT}, not {digits!r}")
+        return _checked(Address(host=server.get("host") or "localhost", port=port))
     if kind == "unix":
         path = server.get("path")
         if not path:
             raise UsageError("server.path names the Unix socket")
-        return Address(path="\0" + path if server.get("abstract") else path)
-    number = str(server.get("str") or "")
-    if not (number.isascii() and number.isdigit()):
-        raise UsageError(f"server.str is the number of an open socket, not {number!r}")
-    return Address(fd=int(number))
+        return _checked(Address(path="\0" + path if server.get("abstract") else path))
+    digits = str(server.get("str") or "")
+    number = _number(digits, _HIGHEST_DESCRIPTOR)
+    if number is None:
+        raise UsageError(f"server.str is the number of an open socket, not {digits!r}")
+    return Address(fd=number)
+
+
+def check_export(name: str) -> str:
+    """`name`, if it can be the name of an export.  Raises UsageError."""
+    try:
+        wire.encode_string(name)
+    except ValueError as exc:
+        raise UsageError(f"{name!r} cannot be the name of an export: {exc}") from exc
+    return name
+
+
+def _checked(address: Address) -> Address:
+    """`address`, if its names are some that a system can be asked for.  Raises UsageError."""
+    for name in (address.host, address.path):
+        try:
+            name.encode("utf-8", _ESCAPED)
+        except UnicodeEncodeError as exc:
+            raise UsageError(f"{name!r} cannot be the name of a host or a socket: {exc.reason}") from exc
+    return address
+
+
+def _number(digits: str, most: int) -> int | None:
+    """A decimal number up to `most`, or None where it is none."""
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > len(str(most)):
+        return None
+    number = int(digits)
+    return number if number <= most else None

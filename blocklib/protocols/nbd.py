@@ -30,7 +30,7 @@ from blocklib.extents import (
 )
 from blocklib.nbd import wire
 from blocklib.nbd.client import MAX_CONNECTIONS, Client
-from blocklib.nbd.uri import Address, NbdUri, address_of_options, parse_uri
+from blocklib.nbd.uri import Address, NbdUri, address_of_options, check_export, parse_uri
 from blocklib.node import Node, PendingChange, Preallocation
 
 if TYPE_CHECKING:
@@ -339,9 +339,16 @@ def _uri_of(options: Mapping[str, Any]) -> NbdUri:
     else:
         if old:
             server = {**old, "type": "unix" if "path" in old else "inet"}
-        uri = NbdUri(_address_of(server), options.get("export") or "")
+        uri = NbdUri(_address_of(server), _export_of(options))
     tls = uri.tls or options.get("tls-creds") is not None
     return uri._replace(tls=tls, tls_hostname=options.get("tls-hostname") or uri.tls_hostname)
+
+
+def _export_of(options: Mapping[str, Any]) -> str:
+    try:
+        return check_export(options.get("export") or "")
+    except UsageError as exc:
+        raise OptionError(f"nbd: {exc}", option="export", driver="nbd") from exc
 
 
 def _address_of(server: Mapping[str, Any]) -> Address:
