@@ -15,7 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # `make bench BENCH=full` measures every environment; a quick run the table of targets and a few.
 BENCH ?= quick
 
-.PHONY: help setup demo test lint types torture bench clean tools
+# How long `make fuzz` works on each target.
+SECONDS ?= 60
+
+.PHONY: help setup demo test lint types torture fuzz bench clean tools
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +28,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make types     mypy, strict"
 	@echo "make torture   the property tests as campaigns that take minutes"
+	@echo "make fuzz      look for inputs that break a promise, SECONDS=60 for each target, two at a time"
 	@echo "make bench     measure blocklib beside qemu-img, with BENCH=full in every environment"
 	@echo "make clean     remove what these targets made"
 
@@ -80,6 +84,11 @@ test: setup tools
 torture: setup tools
 	@$(BIN)/python -m pytest -n $(JOBS) -m "torture or hypothesis" --hypothesis-profile=torture --timeout=0 $(PYTEST_ARGS)
 
+# Where there is no atheris, one line says that nothing was fuzzed.
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]' 2>/dev/null || true
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
 # Prints the ratios and saves them, with the facts of the machine, as .benchmarks/latest.json; images stay in .benchmarks/images.
 bench: setup tools
 	@mkdir -p .benchmarks
@@ -93,5 +102,5 @@ types: setup
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info blocklib/_fast/__kernels__ .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info blocklib/_fast/__kernels__ .benchmarks .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -15,8 +15,7 @@ from typing import Any, Final
 import pytest
 
 from blocklib import KiB, batch
-from blocklib._fast.kernel import Kernel
-from tests.kernels import checked_everywhere
+from tests.kernels import running
 from tests.programs import Program
 from tests.property.chains import first_difference
 from tests.property.test_threads import SECTOR, THREADS, Owner, assert_clean, make_overlay, open_overlay, run_together
@@ -29,18 +28,14 @@ IMAGES: Final[dict[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Which kernels the process has; where it has some, they are used whatever the size of the work."""
-    if request.param == "none":
-        monkeypatch.setattr(Kernel, "worth", lambda kernel, saving: None)
-    else:
-        batch.expect(1_000_000, writing=True)
-    if request.param == "checked":
-        monkeypatch.setattr(Kernel, "loaded", checked_everywhere)
-        monkeypatch.setattr(Kernel, "worth", lambda kernel, saving: checked_everywhere(kernel))
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
+    with running(request.param):
+        if request.param != "off":
+            batch.expect(1_000_000, writing=True)
+        sys.setswitchinterval(1e-5)
+        yield
     sys.setswitchinterval(before)
 
 
@@ -69,7 +64,7 @@ def stress(options: dict[str, Any], seconds: float, folder: Path, qemu_img: Prog
 # Compiling kernels with bounds checks takes longer than to run them: here one test in one process does, below all do.
 @pytest.mark.parametrize(
     ("kernels", "name"),
-    [*((kernels, name) for kernels in ("compiled", "none") for name in IMAGES), ("checked", "64k")],
+    [*((kernels, name) for kernels in ("compiled", "off") for name in IMAGES), ("checked", "64k")],
     indirect=["kernels"],
 )
 @pytest.mark.usefixtures("kernels")
@@ -80,7 +75,7 @@ def test_discarded_and_reused_clusters_keep_their_content_under_eight_threads(
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("kernels", ["compiled", "checked", "none"], indirect=True)
+@pytest.mark.parametrize("kernels", ["compiled", "checked", "off"], indirect=True)
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.usefixtures("kernels")
 def test_the_same_for_a_minute(name: str, tmp_path: Path, qemu_img: Program) -> None:

@@ -267,3 +267,25 @@ def test_what_does_not_fit_is_handed_back(name: str) -> None:
     way(lookups._pass_through, name)(work.pointer, 0, 1 << 40)
     assert work.words[w.MOVES] == w.MOST
     assert lookups.rest(work) == list(range(w.MOST, w.ROOM))
+
+
+@pytest.mark.parametrize("name", ["plain", "checked"])
+def test_tables_that_are_known_by_their_address_have_bounds_where_these_are_checked(name: str) -> None:
+    """As the library gives them to kernels; a slot that has a key but no table is a bug, which must not go unseen."""
+    table = array("Q", [COPIED | PLACE * 2] * SLICE_CLUSTERS)
+    keys, addresses = array("q", bytes(64)), array("Q", bytes(64))
+    slot = w.slot_of(PLACE, 5, 7)
+    keys[slot], addresses[slot] = PLACE, table.buffer_info()[0]
+    arguments = (shape(), Pointer(array("Q", [PLACE] * TABLES), "Q"), Pointer(keys, "q"), Pointer(addresses, "Q"))
+    used = Pointer(array("B", bytes(8)), "B", writable=True)
+
+    def look_up(offset: int) -> list[int]:
+        work = Work()
+        lookups.lay_out(work, Pointer(array("q", [offset]), "q"), 0, 1, 1, 1000)
+        assert way(lookups._look_up, name)(work.pointer, *arguments, used) == w.FINISHED
+        return [work.words[w.OFFSETS + move] for move in range(work.words[w.MOVES])]
+
+    assert look_up(CLUSTER + 1) == [PLACE * 2 + 1]
+    addresses[slot] = 0
+    with pytest.raises(IndexError):
+        look_up(CLUSTER + 1)
