@@ -71,6 +71,7 @@ TABLES = {
     "no sectors": (boot_sector(partition(0x80, 0x83, 2048, 0)), set()),
     "GPT": (GPT, set()),
     "protection without a GPT": (boot_sector(PROTECTIVE), set()),
+    "protection with empty old fields": (boot_sector(partition(0, 0xEE, 1, 8191)), set()),
     "no partition": (boot_sector(), {"mbr"}),
     "boot flag of the first": (boot_sector(partition(0x12, 0x83, 2048, 4096)), {"mbr"}),
     "boot flag of the last": (boot_sector(LINUX, bytes(16), bytes(16), partition(1, 0, 0, 0)), {"mbr"}),

@@ -390,13 +390,25 @@ FILES: list[Callable[[], bytes]] = [
 ]
 
 
+PLACES = st.integers(0, 120) | st.integers(0, 600) | st.integers(0, 70_000) | st.integers(0, 4 * MiB)
+MAGICS = [b"QFI\xfb\0\0\0\3", b"KDMV", b"CD001", b"conectix", b"\x55\xaa", b"LUKS\xba\xbe\0\1"]
+EXTREME_BYTES = [bytes(8), b"\xff" * 8, b"\x7f" + b"\xff" * 7]
+PIECES = st.binary(min_size=1, max_size=8) | st.sampled_from(MAGICS + EXTREME_BYTES)
+
+
 @given(
     file=st.sampled_from(FILES),
+    changes=st.lists(st.tuples(PLACES, PIECES), max_size=4),
     sizes=st.lists(st.integers(0, 70_000), min_size=1, max_size=20),
     cut=st.none() | st.integers(0, 300_000),
 )
-def test_chunks_of_any_size_give_what_the_path_gives(file: Callable[[], bytes], sizes: list[int], cut: int | None) -> None:
-    data = file()[:cut]
+def test_whatever_it_holds_chunks_of_any_size_give_what_the_path_gives(
+    file: Callable[[], bytes], changes: list[tuple[int, bytes]], sizes: list[int], cut: int | None
+) -> None:
+    whole = bytearray(file())
+    for place, piece in changes:
+        whole[place : place + len(piece)] = piece if place < len(whole) else b""
+    data = bytes(whole[:cut])
     inspector = Inspector()
     position = turn = 0
     while position < len(data):
