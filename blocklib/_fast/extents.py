@@ -9,7 +9,7 @@ entry at which a kernel stops because it finds fault with it.
 from __future__ import annotations
 
 from array import array
-from bisect import insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -207,14 +207,23 @@ class Holes:
         self._parts: dict[int, tuple[int, int]] = {}
 
     def add(self, start: int, end: int, zero: int) -> None:
-        """From `start` to `end` all is data, or with ZERO for `zero` a hole; it goes on otherwise at `end`."""
+        """From `start` to `end` all is data, or with ZERO for `zero` a hole; it goes on otherwise at `end`.
+
+        What was known otherwise of that part is forgotten: the file is being written.
+        """
         if len(self._ends) > _MOST_PARTS:
             self._ends.clear()
             self._parts.clear()
         known = self._parts.get(end)
-        if known is None:
-            insort(self._ends, end)
-        self._parts[end] = (start if known is None else min(start, known[0])), zero
+        if known is not None and known[1] == zero:
+            start = min(start, known[0])
+        first, last = bisect_right(self._ends, start), bisect_right(self._ends, end)
+        for old in self._ends[first:last]:
+            del self._parts[old]
+        for behind in self._ends[last : last + 1]:
+            self._parts[behind] = max(self._parts[behind][0], end), self._parts[behind][1]
+        self._ends[first:last] = [end]
+        self._parts[end] = start, zero
 
     def numbers(self) -> array[int]:
         """Three for each part, by their ends."""

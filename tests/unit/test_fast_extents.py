@@ -291,3 +291,34 @@ def test_data_is_split_where_the_file_has_holes(runs: list[tuple[int, int]], fil
     found = kernels.asked(rows, kernels.Holes(), 200, ask)
     assert _bytewise(found) == expected
     assert questions <= 10 * len(runs)
+
+
+@given(
+    places=st.lists(st.integers(0, 60), max_size=9),
+    answers=st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=9),
+)
+def test_a_file_that_is_written_meanwhile_is_not_asked_for_the_same_place_for_ever(
+    places: list[int], answers: list[tuple[int, bool]]
+) -> None:
+    asked: list[int] = []
+
+    def ask(place: int) -> tuple[int, int]:
+        assert asked[-1:] != [place]
+        asked.append(place)
+        length, zero = answers[len(asked) % len(answers)]
+        return place + length, ZERO if zero else 0
+
+    rows = Rows(64)
+    for number, place in enumerate(places):
+        rows.append(number * 7, 7, place, DATA | PRESENT | PLACED | ASK)
+    found = kernels.asked(rows, kernels.Holes(), 200, ask)
+    assert [(place, word & ~ZERO) for place, word in _bytewise(found)] == [
+        (byte, DATA | PRESENT | PLACED) for place in places for byte in range(place, place + 7)
+    ]
+
+
+def test_what_is_known_of_a_file_is_forgotten_where_it_has_changed() -> None:
+    holes = kernels.Holes()
+    for start, end, zero in [(100, 200, ZERO), (300, 400, 0), (50, 320, 0), (10, 50, ZERO), (400, 400 + 5, 0)]:
+        holes.add(start, end, zero)
+    assert holes.numbers().tolist() == [10, 50, ZERO, 50, 320, 0, 320, 400, 0, 400, 405, 0]
