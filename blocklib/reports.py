@@ -92,10 +92,11 @@ class ConvertResult(Record):
 
 
 class CommitResult(Record):
-    """Bytes copied down, and the image that received them."""
+    """Bytes copied down, the image that received them, and whether the disk continues on it."""
 
     bytes_copied: int
     base: str | None
+    pivoted: bool = False
 
 
 class RebaseResult(Record):

@@ -177,8 +177,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
                 self.undo()
         source, self._source = self._source, None
         if source is not None:
-            with graph.Transaction() as change:
-                change.detach(source.edge)
+            source.release()
 
     # -- the job ------------------------------------------------------------------------------------------------------
 

@@ -1,26 +1,25 @@
-"""commit: copy what an overlay holds down into an image of its backing chain."""
+"""commit: copy what images of a chain hold down into one below them; of disks in use see `live_commit`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blocklib import graph, plan
+from blocklib import graph
+from blocklib.disk import Disk
+from blocklib.errors import UsageError
 from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.chain_images import Image, WrittenImage, check_changeable, node_below
 from blocklib.jobs.control import Control, ProgressCallback, Task
-from blocklib.jobs.ends import Source, image_below, images_below, opened
+from blocklib.jobs.dirty_copy import ErrorPolicy, check_policy
+from blocklib.jobs.ends import Source, image_below, images_below, is_image, opened
 from blocklib.jobs.job import Job, started
+from blocklib.jobs.live_commit import VERB, ActiveCommit, IntermediateCommit
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Run, coalesced
-from blocklib.node import CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED
 from blocklib.records import Record
 from blocklib.reports import CommitResult, NodeInfo
-from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
-    from blocklib.disk import Disk
-    from blocklib.node import Node
     from blocklib.policy import References, Target
 
 
@@ -28,35 +27,74 @@ if TYPE_CHECKING:
 def commit(
     target: Disk | Target,
     *,
-    base: NodeInfo | str | os.PathLike[str] | None = None,
-    empty: bool = True,
+    base: Image | None = None,
+    top: Image | None = None,
+    backing_file: str | None = None,
+    empty: bool | None = None,
     format: str | None = None,
     references: References = "deny",
+    on_source_error: ErrorPolicy = "report",
+    on_target_error: ErrorPolicy = "report",
     speed: int = 0,
     auto_finalize: bool = True,
     auto_dismiss: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Job[CommitResult]:
-    """Copy what `target` holds into its backing file, which is reopened writable for that and grows if it is shorter.
+    """Copy what images of a chain hold down into one below them, `base`, which is written for that and grows if it is shorter.
 
-    Afterwards `target` is emptied, unless `empty` is False: the backing file shows through with the same content.  With
-    `base`, an image further down the chain (of ``disk.chain()``, or a file name), everything above it goes there, and
-    nothing is emptied: images in between are no longer valid on their own, while `target` still is.
+    An open Disk may be in use meanwhile, and the images that were copied leave its chain; they are no longer valid on their
+    own.  `base` and `top` are images of ``disk.chain()`` or file names; without `base` everything goes into the last image.
 
-    A `target` that is opened here needs `references` to open its chain.  Nobody else may write to the chain meanwhile.
-    When it is cancelled, part of the data is in both images and `target` reads as before.
+    - Without `top` the top image is committed, too.  Once the base is equal to the disk, and is kept so, the job is ready:
+      `complete` makes the disk continue on the base, as large as that is, and `cancel` without `force` ends with the chain
+      as it was, over a base that is a copy of that moment.  (``blocklib.commit`` completes.)
+    - With `top`, an image below that, the job ends by itself, and the image above `top` is over the base then.
+      `backing_file` is the name to be stored there, by default the one by which the chain names the base.
+    - `on_source_error`, `on_target_error`: see `ErrorPolicy`.
 
-    Raises UsageError (no backing file), NameNotFoundError (`base` is not in the chain), LockedError, StorageError.
+    A `target` that is opened here, or a Disk where `empty` is given, keeps its chain, which nobody else may write to: as
+    ``qemu-img commit`` does it.  What it holds goes into its backing file, and it is emptied unless `empty` is False.  With
+    `base`, an image further down, everything above goes there, and nothing is emptied: images in between are no longer valid
+    on their own, while `target` still is.  A `target` that is opened here needs `references` to open its chain.
+
+    When it is cancelled, part of the data is in the base as well, and the disk reads as before.
+
+    Raises UsageError (no backing file), NameNotFoundError (an image that is not in the chain), GraphConflictError (another
+    job changes the chain, or somebody else uses the base), ReadOnlyError, LockedError, StorageError.
     """
-    task = _Commit(target, base, empty and base is None, format, references)
+    check_policy("on_source_error", on_source_error)
+    check_policy("on_target_error", on_target_error)
+    task: Task[CommitResult]
+    if isinstance(target, Disk) and empty is None:
+        task = _live(target, base, top, backing_file, (on_source_error, on_target_error))
+    else:
+        if top is not None or backing_file is not None or {on_source_error, on_target_error} != {"report"}:
+            raise UsageError("top, backing_file, on_source_error and on_target_error are for an open disk, without empty")
+        task = _Commit(target, base, empty is not False and base is None, format, references)
     return Job(task, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, progress=progress)
 
 
+def _live(
+    disk: Disk, base: Image | None, top: Image | None, backing_file: str | None, policies: tuple[ErrorPolicy, ErrorPolicy]
+) -> ActiveCommit | IntermediateCommit:
+    check_changeable(disk)
+    node = node_below(disk, images_below(disk)[-1] if base is None else base)
+    if top is None or is_image(disk.chain()[0], top):
+        if backing_file is not None:
+            raise UsageError("backing_file is the name that the image above top is to store, and there is none above it")
+        return ActiveCommit(disk, node, policies)
+    above = node_below(disk, top)
+    if node not in graph.chain(above)[1:]:
+        name, over = (image.filename or image.name for image in (node, above))
+        raise UsageError(f"{name}: a base is below the top, and that is not below {over}", node=node.name)
+    return IntermediateCommit(disk, above, node, backing_file, policies)
+
+
 class _Commit(Record, Task[CommitResult]):
-    verb: ClassVar[str] = "commit"
+    verb: ClassVar[str] = VERB
 
     target: Disk | Target
-    base: NodeInfo | str | os.PathLike[str] | None
+    base: Image | None
     empty: bool
     format: str | None
     references: References
@@ -67,20 +105,21 @@ class _Commit(Record, Task[CommitResult]):
             base = images_below(top)[0] if self.base is None else image_below(top, self.base)
             node = next(node for node in graph.chain(top.node) if node.name == base.name)
             control.set_total(top.size)
-            with _writable(top, node) as edge:
-                old_size = node.size
-                if old_size < top.size:
-                    with graph.drained(top.node), graph.alone(node):
-                        edge.truncate(top.size)
-                source = Source(top, base)
-                copy = BlockCopy(control, source, _Writer(edge), unit=node.data_unit() or 1)
-                runs = source.runs_above(absent=SKIP, absent_zero=COMPARE)
-                copy.run(coalesced(_zeroed_below(runs, old_size)))
-                edge.flush()
-                if self.empty:
-                    with graph.alone(top.node):
-                        top.node.make_empty()
-        return CommitResult(bytes_copied=copy.bytes_written, base=base.filename)
+            with WrittenImage(self.verb, top.node, node) as written:
+                copied = self._copy(control, top, base, written)
+        return CommitResult(bytes_copied=copied, base=base.filename)
+
+    def _copy(self, control: Control, top: Disk, base: NodeInfo, written: WrittenImage) -> int:
+        old_size = written.size
+        written.grow_to(top.size)
+        source = Source(top, base)
+        copy = BlockCopy(control, source, written, unit=written.node.data_unit() or 1)
+        copy.run(coalesced(_zeroed_below(source.runs_above(absent=SKIP, absent_zero=COMPARE), old_size)))
+        written.flush()
+        if self.empty:
+            with graph.alone(top.node):
+                top.node.make_empty()
+        return copy.bytes_written
 
 
 def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:
@@ -92,54 +131,3 @@ def _zeroed_below(runs: Iterable[Run], old_size: int) -> Iterator[Run]:
         inside = max(0, min(length, old_size - offset))
         yield offset, inside, ZERO
         yield offset + inside, length - inside, SKIP
-
-
-@contextmanager
-def _writable(top: Disk, base: Node) -> Iterator[graph.Edge]:
-    """An edge that may write and resize `base`, an image below `top`, for as long as the block lasts."""
-    was_read_only = base.read_only
-    # An image that is written wants what is below it to stand still, but these writes change nothing that it reads as.
-    users = {edge: edge.shared for edge in graph.roots_above(top.node)}
-    with graph.drained(top.node, base), graph.Transaction() as change:
-        for user, shared in users.items():
-            change.set_permissions(user, wanted=user.wanted, shared=shared | WRITE | RESIZE)
-        change.reopen(base, read_only=False)
-        edge = change.attach(
-            None,
-            "commit",
-            base,
-            wanted=CONSISTENT_READ | WRITE | RESIZE,
-            shared=CONSISTENT_READ | WRITE_UNCHANGED,
-            tracker=RequestTracker(),
-        )
-    try:
-        yield edge
-    finally:
-        with graph.drained(top.node, base), graph.Transaction() as change:
-            change.detach(edge)
-            change.reopen(base, read_only=was_read_only)
-            for user, shared in users.items():
-                change.set_permissions(user, wanted=user.wanted, shared=shared)
-
-
-class _Writer:
-    """A root edge as what a copy writes to."""
-
-    def __init__(self, edge: graph.Edge) -> None:
-        assert edge.tracker is not None
-        self._edge = edge
-        self._tracker = edge.tracker
-
-    def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
-        self._tracker.enter()
-        try:
-            plan.write_runs(self._edge.node, runs, placed)
-        finally:
-            self._tracker.leave()
-
-    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
-        self._tracker.enter()
-        try:
-            self._edge.write_zeroes(offset, length, unmap=unmap)
-        finally:
-            self._tracker.leave()

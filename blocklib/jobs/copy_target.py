@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from blocklib import graph, status
 from blocklib.copy import CopyState
 from blocklib.disk import Disk
-from blocklib.errors import GraphConflictError, ReadOnlyError, UsageError
+from blocklib.errors import GraphConflictError, NameNotFoundError, ReadOnlyError, UsageError
 from blocklib.jobs.convert import NewImage
 from blocklib.jobs.ends import same_file
 from blocklib.opening import open_disk
@@ -43,8 +43,11 @@ class CopyTarget:
         backing: str | os.PathLike[str] | None = None,
         backing_format: str | None = None,
         compress: Literal["zlib", "zstd"] | None = None,
+        replaces: str | None = None,
     ) -> None:
         self._source = disk
+        self._replaces = replaces
+        self._replaced()  # raises where there is no such node
         self._target = target
         self._sync = sync
         self._format = format
@@ -118,8 +121,22 @@ class CopyTarget:
         if self._new is not None:
             self._new.remove()
 
+    def _replaced(self) -> Node:
+        """The node whose place the copy takes.  Raises NameNotFoundError, UsageError."""
+        top = self._source.node
+        if self._replaces is None:
+            return top
+        for node in _showing(top):
+            if node.name == self._replaces:
+                return node
+        name = top.filename or top.name
+        if any(node.name == self._replaces for node in graph.chain(top)):
+            raise UsageError(f"{self._replaces!r} lies below {name} and does not show what that shows", node=self._replaces)
+        raise NameNotFoundError(f"{name} is not shown by a node with the name {self._replaces!r}", node=name)
+
     def become(self, filter: Node) -> None:
         """Let all users of the copied disk, who reach it through `filter`, use the copy.  The graph is drained."""
+        replaced = self._replaced()
         target = self._opened if self._opened is not None else self._target
         assert isinstance(target, Disk)
         node = target.node
@@ -135,13 +152,21 @@ class CopyTarget:
                 change.reopen(old, read_only=True)
             if below is not None and "backing" not in node.children:
                 change.attach(node, "backing", below)
-            for edge in tuple(filter.parents):
+            for edge in tuple((filter if replaced is old else replaced).parents):
                 change.redirect(edge, node)
             # What is closed now may fail, but the disk is the copy all the same.
             change.when_done(self._keep)
 
     def _keep(self) -> None:
         self._opened = self._new = None
+
+
+def _showing(image: Node) -> Iterator[Node]:
+    """The nodes that show what an image shows: that, and the filters above it."""
+    yield image
+    for edge in image.parents:
+        if edge.parent is not None and edge.parent.is_filter:
+            yield from _showing(edge.parent)
 
 
 class Marks:

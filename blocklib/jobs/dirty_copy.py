@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, get_args
 
 from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, StorageError, UsageError
 from blocklib.jobs.block_copy import BlockCopy, Compression, Packed, Writer
 from blocklib.jobs.control import Control
-from blocklib.jobs.runs import COPY, PIECE, ZERO, Piece, Run
+from blocklib.jobs.runs import COPY, PIECE, SKIP, ZERO, Piece, Run
 from blocklib.node import CONSISTENT_READ
 from blocklib.requests import RequestTracker
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from blocklib.copy import CopyState
     from blocklib.disk import Disk
     from blocklib.node import Filter, Node
+
+_T = TypeVar("_T")
 
 ErrorPolicy: TypeAlias = Literal["report", "ignore", "enospc", "stop"]
 """What becomes of a job when reading or writing fails: it fails; it tries again; it stops for a full disk, or for anything,
@@ -39,6 +41,23 @@ class SourceError(Exception):
         self.error = error
 
 
+def reading(work: Callable[[], _T]) -> _T:
+    """What `work`, which only reads, returns.  Raises SourceError for what goes wrong."""
+    try:
+        return work()
+    except StorageError as error:
+        raise SourceError(error) from error
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """For who asks nobody what becomes of an error: what reading the source raised is raised as it was."""
+    try:
+        yield
+    except SourceError as failure:
+        raise failure.error from None
+
+
 def check_policy(name: str, policy: str) -> None:
     """Raises UsageError for what is no error policy."""
     if policy not in get_args(ErrorPolicy):
@@ -48,27 +67,34 @@ def check_policy(name: str, policy: str) -> None:
 class CopiedImage:
     """The image that is copied, as the job's own user of it: an edge beside those of its writers.
 
-    Requests in it are counted, so that a change of the graph waits for them, except on behalf of who is inside one already.
+    With `base` only what the images above that hold is to be copied.  Requests in it are counted, so that a change of the
+    graph waits for them, except on behalf of who is inside one already.
     """
 
-    def __init__(self, node: Node, name: str) -> None:
+    def __init__(self, node: Node, name: str, base: Node | None = None) -> None:
         self.node = node
+        self._base = base
         self.tracker = RequestTracker()
         with graph.Transaction() as change:
             self.edge = change.attach(
                 None, name, node, wanted=CONSISTENT_READ, shared=graph.ALL, tracker=self.tracker
             )
 
-    def readinto(self, offset: int, buffer: memoryview, /) -> None:
-        try:
-            plan.read(self.node, offset, buffer)
-        except StorageError as error:
-            raise SourceError(error) from error
+    def release(self) -> None:
+        """The job is done with it."""
+        with graph.Transaction() as change:
+            change.detach(self.edge)
 
-    def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """What the range reads as now: COPY or ZERO."""
-        for extent in status.extents(self.node, offset, length):
-            yield extent.offset, extent.length, ZERO if extent.zero else COPY
+    def readinto(self, offset: int, buffer: memoryview, /) -> None:
+        reading(lambda: plan.read(self.node, offset, buffer))
+
+    def runs(self, offset: int, length: int) -> list[Run]:
+        """What the range reads as now, COPY or ZERO; SKIP for what the base, or what is below it, holds."""
+        absent = COPY if self._base is None else SKIP
+        return [
+            (extent.offset, extent.length, ZERO if extent.zero else COPY if extent.present else absent)
+            for extent in reading(lambda: list(status.extents(self.node, offset, length, self._base)))
+        ]
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -151,11 +177,9 @@ class DirtyCopy(BlockCopy):
         self._state.copy(offset, length, copy)
 
     def copy_around(self, offset: int, length: int) -> None:
-        """The same, for pieces that a range touches, in memory of its own."""
-        try:
+        """The same, for pieces that a range touches, in memory of its own, for who knows nothing of sources."""
+        with plain_errors():
             self._copy_in_steps(offset, length)
-        except SourceError as failure:
-            raise failure.error from None
 
     def _copy_in_steps(self, offset: int, length: int) -> None:
         end = min(self._state.size, offset + length)
@@ -169,12 +193,14 @@ class DirtyCopy(BlockCopy):
     def finish(self) -> None:
         """Copy all that is marked, by this thread alone, while nobody else is inside the disk."""
         for offset, length in self._state.sweep():
-            self.copy_around(offset, length)
+            self._copy_in_steps(offset, length)
 
     def _copy_taken(self, offset: int, length: int, buffer: memoryview) -> None:
         writes = []
         copied = 0
         for start, n, what in self._from.runs(offset, length):
+            if what == SKIP:
+                continue
             if what == ZERO:
                 writes.append(self.zeroes(start, n))
                 continue

@@ -90,13 +90,17 @@ def image_below(disk: Disk, wanted: NodeInfo | str | os.PathLike[str]) -> NodeIn
     Raises UsageError where there is no backing file, NameNotFoundError.
     """
     for image in images_below(disk):
-        if isinstance(wanted, NodeInfo):
-            if image.name == wanted.name:
-                return image
-        elif image.filename == os.fspath(wanted) or same_file(image.filename, os.fspath(wanted)):
+        if is_image(image, wanted):
             return image
     name = wanted.filename or wanted.name if isinstance(wanted, NodeInfo) else os.fspath(wanted)
     raise NameNotFoundError(f"{name!r} is not in the backing chain of {disk.node.filename or disk.node.name}")
+
+
+def is_image(image: NodeInfo, wanted: NodeInfo | str | os.PathLike[str]) -> bool:
+    """Whether `wanted` means this image: by its node, or by its file."""
+    if isinstance(wanted, NodeInfo):
+        return image.name == wanted.name
+    return image.filename == os.fspath(wanted) or same_file(image.filename, os.fspath(wanted))
 
 
 def images_below(disk: Disk) -> tuple[NodeInfo, ...]:

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from blocklib import graph
-from blocklib.copy import CopyState
 from blocklib.disk import Disk
-from blocklib.errors import BlocklibError, OutOfRangeError, UsageError
+from blocklib.errors import UsageError
 from blocklib.jobs.control import Task
+from blocklib.jobs.convergence import DEFAULT_GRANULARITY, Convergence
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
-from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, ErrorPolicy, Errors, Placement, check_policy
+from blocklib.jobs.dirty_copy import ErrorPolicy, check_policy
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.tops import MirrorTop
 from blocklib.records import Record
 from blocklib.reports import MirrorResult
-from blocklib.sizes import KiB, MiB
+from blocklib.sizes import MiB
 
 if TYPE_CHECKING:
     from blocklib.jobs.control import Control, ProgressCallback
     from blocklib.options import OptionValue
     from blocklib.policy import Target
-
-
-_DEFAULT_GRANULARITY: Final = 64 * KiB
-_SMALL_REST: Final = 16 * MiB
-"""What may be left to copy while nobody can write: with no more than that, a job is ready."""
-_IDLE_SECONDS: Final = 0.1
 
 
 @started
@@ -45,6 +36,7 @@ def mirror(
     bitmap: str | None = None,
     bitmap_mode: BitmapMode | None = None,
     copy_mode: Literal["background", "write-blocking"] = "background",
+    replaces: str | None = None,
     granularity: int | None = None,
     unmap: bool = True,
     on_source_error: ErrorPolicy = "report",
@@ -67,11 +59,13 @@ def mirror(
       is as before, "always" begins anew for what was copied even if the job fails.
     - `copy_mode`: "background" copies what is written afterwards; "write-blocking" before the write returns, so that the job
       becomes ready under any writer.
+    - `replaces`: the name of the node that the copy takes the place of on `complete`: by default the top image, which keeps
+      the filters above it; the name of one of these, and it goes, with what is between it and the image.
     - `granularity`: bytes that are copied again when one of them is written, a power of two.  `unmap`: give back zeroes.
     - `on_source_error`, `on_target_error`: see `ErrorPolicy`.
 
-    Raises UsageError, OptionError, GraphConflictError (another job changes this chain), OutOfRangeError (the target is too
-    small), and what opening and making the target raise.
+    Raises UsageError, OptionError, NameNotFoundError (`replaces`), GraphConflictError (another job changes this chain),
+    OutOfRangeError (the target is too small), and what opening and making the target raise.
     """
     check_policy("on_source_error", on_source_error)
     check_policy("on_target_error", on_target_error)
@@ -82,13 +76,13 @@ def mirror(
     if granularity is not None and (granularity & (granularity - 1) or not 512 <= granularity <= 64 * MiB):
         raise UsageError(f"a granularity is a power of two from 512 bytes to 64 MiB, not {granularity}")
     marks = Marks(disk, sync, bitmap, bitmap_mode)
-    end = CopyTarget(disk, target, sync, format, options or {}, existing=existing, overwrite=overwrite)
+    end = CopyTarget(disk, target, sync, format, options or {}, existing=existing, overwrite=overwrite, replaces=replaces)
     task = _Mirror(
         disk,
         end,
         marks,
         copy_mode == "write-blocking",
-        granularity or _DEFAULT_GRANULARITY,
+        granularity or DEFAULT_GRANULARITY,
         unmap,
         (on_source_error, on_target_error),
     )
@@ -106,136 +100,30 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
     unmap: bool
     policies: tuple[ErrorPolicy, ErrorPolicy]
 
-    def __post_init__(self) -> None:
-        self._top = self.disk.node
-        self._failures: list[BlocklibError] = []
-        self._state: CopyState | None = None
-        self._source: CopiedImage | None = None
-        self._placement: Placement | None = None
-
     def claim(self) -> None:
-        self._claim = graph.Claim(self.verb, graph.chain(self._top))
+        top = self.disk.node
+        self._claim = graph.Claim(self.verb, graph.chain(top))
+        self._work = Convergence(
+            self.verb,
+            top,
+            self.end,
+            self.marks,
+            self.policies,
+            blocking=self.blocking,
+            granularity=self.granularity,
+            unmap=self.unmap,
+        )
 
     def run(self, control: Control) -> MirrorResult:
-        """Copy until little is left and the end was asked for."""
-        target = self.end.open(self._top.size)
-        if target.size < self._top.size:
-            raise OutOfRangeError(f"the target has {target.size} bytes, the disk {self._top.size}")
-        # A cluster of a target over a backing file, which is not open, is copied as a whole or not at all.
-        unit = (target.node.cluster_size() or 1) if self.end.has_backing else 1
-        state = self._state = CopyState(self._top.size, max(self.granularity, unit))
-        source = self._source = CopiedImage(self._top, "mirror")
-        self._begin(control, state, source, target)
-        self.marks.mark(state)
-        self._target = target
-        return self._copy(control, state, source, target)
-
-    def _begin(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> None:
-        """From now on what is written is marked, or copied."""
-        top = self._top
-        around = DirtyCopy(control, state, source, target, unmap=self.unmap)
-        self._filter = MirrorTop(
-            top.filename,
-            state,
-            read_only=top.read_only,
-            target=target if self.blocking and not self.end.has_backing else None,
-            copy=around.copy_around if self.blocking and self.end.has_backing else None,
-            failed=self._failures.append,
-        )
-        with graph.alone(top):
-            self._placement = Placement(self._filter, top)
-            self.marks.begin(state)
-
-    def _copy(self, control: Control, state: CopyState, source: CopiedImage, target: Disk) -> MirrorResult:
-        errors = Errors(control, *self.policies)
-        # A writer of ours may have put something there already.
-        zero_known = self.end.is_zero and not self.blocking
-        done = copied = 0
-        swept = False
-        while True:
-            left = state.count()
-            with control.changed:
-                ready = control.status == "ready"
-                if not ready and left <= (_SMALL_REST if swept else 0):
-                    control.become("ready")
-                    ready = True
-                ending = ready and (control.completing or control.keeping)
-            if ending and left <= _SMALL_REST:
-                # Here an error may still stop the job, or make it try again; in `finalize` it is too late for that.
-                rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
-                if errors.attempt(partial(self._equal, rest, target)):
-                    return MirrorResult(bytes_copied=copied + rest.bytes_read, pivoted=control.completing)
-                copied += rest.bytes_read
-                control.pause_point()
-                continue
-            control.set_total(done + left)
-            if left:
-                block = self.granularity if zero_known else 0
-                copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known, unmap=self.unmap)
-                swept = errors.attempt(copy.sweep) or swept
-                done += copy.bytes_done
-                copied += copy.bytes_read
-                zero_known = False  # what is copied again may have been something else before
-            else:
-                control.pause_point()
-                state.wait_for_marks(_IDLE_SECONDS)
-            self._raise_failures(errors)
-
-    def _equal(self, rest: DirtyCopy, target: Disk) -> None:
-        """Make both equal for a moment, in which nobody writes."""
-        with graph.alone(self._top):
-            rest.finish()
-            target.flush()
-
-    def _raise_failures(self, errors: Errors) -> None:
-        while self._failures:
-            failure = self._failures.pop()
-
-            def fail(failure: BlocklibError = failure) -> None:
-                raise failure
-
-            errors.attempt(fail)
+        return MirrorResult(*self._work.run(control))
 
     def finalize(self, control: Control, result: MirrorResult) -> MirrorResult:
-        """Copy what was written since, and end in the same moment."""
-        state, source, target = self._state, self._source, self._target
-        assert state is not None
-        assert source is not None
-        while state.count() > _SMALL_REST:
-            DirtyCopy(control, state, source, target, unmap=self.unmap).sweep()
-        rest = DirtyCopy(control, state, source, target, unmap=self.unmap)
-        with graph.alone(self._top):
-            if state.any():
-                rest.finish()
-                target.flush()
-            if result.pivoted:
-                self.end.become(self._filter)
-            self._take_away()
-        self._forget_source()
-        self.marks.end(state, succeeded=True)
+        copied = self._work.finalize(control, pivots=result.pivoted)
         self._claim.release()
-        self.end.close()
-        return MirrorResult(bytes_copied=result.bytes_copied + rest.bytes_read, pivoted=result.pivoted)
-
-    def _take_away(self) -> None:
-        placement, self._placement = self._placement, None
-        if placement is not None:
-            placement.take_away()
-
-    def _forget_source(self) -> None:
-        source, self._source = self._source, None
-        if source is not None:
-            with graph.Transaction() as change:
-                change.detach(source.edge)
+        return MirrorResult(result.bytes_copied + copied, result.pivoted)
 
     def abort(self) -> None:
-        with ExitStack() as stack:  # all of it, in reverse order, whatever fails
-            stack.callback(self._claim.release)
-            stack.callback(self.end.remove)
-            stack.callback(self.end.close)
-            if self._state is not None:
-                stack.callback(self.marks.end, self._state, succeeded=False)
-            stack.callback(self._forget_source)
-            if self._placement is not None:
-                stack.enter_context(graph.alone(self._top))
-                stack.callback(self._take_away)
+        try:
+            self._work.abort()
+        finally:
+            self._claim.release()

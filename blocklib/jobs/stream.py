@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,16 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph, plan
 from blocklib.buffers import zeroes
-from blocklib.errors import ReadOnlyError, StorageError, UsageError
+from blocklib.errors import StorageError, UsageError
 from blocklib.jobs.block_copy import BlockCopy
+from blocklib.jobs.chain_images import Image, check_changeable, node_below, shorten
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.dirty_copy import ErrorPolicy, Errors, check_policy
-from blocklib.jobs.ends import image_below, images_below
+from blocklib.jobs.ends import images_below
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Piece, Run, coalesced, runs_above, zipped
 from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
 from blocklib.records import Record
-from blocklib.reports import NodeInfo, StreamResult
+from blocklib.reports import StreamResult
 from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def stream(
     disk: Disk,
     *,
-    base: NodeInfo | str | os.PathLike[str] | None = None,
+    base: Image | None = None,
     backing_file: str | None = None,
     on_error: ErrorPolicy = "report",
     speed: int = 0,
@@ -51,9 +51,7 @@ def stream(
     """
     if base is None and backing_file is not None:
         raise UsageError("backing_file is the name of a base, and there is none")
-    if disk.mode == "r":
-        name = disk.node.filename or disk.node.name
-        raise ReadOnlyError(f"{name}: opened for reading; mode 'r+' writes", node=disk.node.name)
+    check_changeable(disk)
     _find_base(disk, base)
     check_policy("on_error", on_error)
     task = _Stream(disk, base, backing_file, on_error)
@@ -64,7 +62,7 @@ class _Stream(Record, Task[StreamResult], frozen=False):
     verb: ClassVar[str] = "stream"
 
     disk: Disk
-    base: NodeInfo | str | os.PathLike[str] | None
+    base: Image | None
     backing_file: str | None
     on_error: ErrorPolicy
 
@@ -98,44 +96,19 @@ class _Stream(Record, Task[StreamResult], frozen=False):
         top = self.disk.node
         with graph.alone(top):
             base = _find_base(self.disk, self.base)  # again: the chain may have changed
-            name, format = self._stored_name(top, base)
-            with graph.Transaction() as change:
-                edge = top.children["backing"]
-                change.detach(edge)
-                if base is not None:
-                    change.attach(top, "backing", base)
-                top.change_backing(name, format)
+            name = shorten(top, base, self.backing_file)
         self._claim.release()
         return StreamResult(bytes_copied=result.bytes_copied, backing=name)
 
     def abort(self) -> None:
         self._claim.release()
 
-    def _stored_name(self, top: Node, base: Node | None) -> tuple[str | None, str | None]:
-        """(name, format) of the base as the top image is to store them."""
-        if base is None:
-            return None, None
-        above = next(node for node in graph.chain(top) if graph.backing_of(node) is base)
-        named = next((item for item in above.references() if item.kind == "backing"), None)
-        if self.backing_file is not None:
-            return self.backing_file, base.driver
-        if named is not None and (os.path.isabs(named.name) or _folder(above) == _folder(top)):
-            return named.name, named.format or base.driver
-        if base.filename is None:
-            raise UsageError(f"{base.name}: a base without a file has no name to store", node=base.name)
-        return os.path.abspath(base.filename), base.driver
 
-
-def _folder(node: Node) -> str:
-    return os.path.realpath(os.path.dirname(os.path.abspath(node.filename or "")))
-
-
-def _find_base(disk: Disk, base: NodeInfo | str | os.PathLike[str] | None) -> Node | None:
+def _find_base(disk: Disk, base: Image | None) -> Node | None:
     if base is None:
         images_below(disk)
         return None
-    name = image_below(disk, base).name
-    return next(node for node in graph.chain(disk.node) if node.name == name)
+    return node_below(disk, base)
 
 
 def _runs_between(disk: Disk, base: Node | None) -> Iterator[Run]:

@@ -1,4 +1,4 @@
-"""The filter that a mirror puts above the disk that it copies, to hear of what is written to it.
+"""The filter that a mirror, or a commit, puts above the disk that it copies, to hear of what is written to it.
 
 It is no driver: nobody but a job can make one.
 """
@@ -28,9 +28,10 @@ class _CopiedNode(PassingFilter):
     sees_writes: ClassVar[bool] = True
     takes_packed: ClassVar[bool] = True
 
-    def __init__(self, filename: str | None, state: CopyState, *, read_only: bool) -> None:
+    def __init__(self, job: str, filename: str | None, state: CopyState, *, read_only: bool) -> None:
         super().__init__(None, filename, read_only=read_only)
         self.state = state
+        self._job = job
 
     def check_resize(self, size: int, preallocation: Preallocation) -> None:
         self._refuse_resize()
@@ -40,8 +41,8 @@ class _CopiedNode(PassingFilter):
 
     def _refuse_resize(self) -> None:
         raise GraphConflictError(
-            f"{self.filename or self.name}: the disk is being copied by a {self.driver} job and keeps its size",
-            other=self.driver,
+            f"{self.filename or self.name}: the disk is being copied by a {self._job} job and keeps its size",
+            other=self._job,
             node=self.name,
         )
 
@@ -57,6 +58,7 @@ class MirrorTop(_CopiedNode):
 
     def __init__(
         self,
+        job: str,
         filename: str | None,
         state: CopyState,
         *,
@@ -65,7 +67,7 @@ class MirrorTop(_CopiedNode):
         copy: Callable[[int, int], None] | None = None,
         failed: Callable[[BlocklibError], object],
     ) -> None:
-        super().__init__(filename, state, read_only=read_only)
+        super().__init__(job, filename, state, read_only=read_only)
         self._target = target
         self._copy = copy
         self._failed = failed

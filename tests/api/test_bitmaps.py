@@ -125,7 +125,7 @@ def test_a_commit_is_noted_in_the_stored_bitmaps_of_the_base() -> None:
     with blocklib.open("base.qcow2", "r+", format="qcow2", references="allow") as base:
         base.bitmaps.add("b", granularity=64 * KiB, persistent=True)
     with blocklib.open("top.qcow2", "r+", format="qcow2", references="allow") as top:
-        blocklib.commit(top)
+        blocklib.commit(top, empty=True)
         assert len(top.bitmaps) == 0
     with blocklib.open("base.qcow2", format="qcow2", references="allow") as base:
         assert ranges(base.bitmaps["b"]) == [(128 * KiB, 64 * KiB)]

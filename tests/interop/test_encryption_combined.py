@@ -157,7 +157,7 @@ def test_commit_rebase_resize_and_amend(qemu_img: Program, method: dict[str, Any
     _new("disk.qcow2", **method, cluster_size=4096, backing_file="base.qcow2", backing_fmt="qcow2")
     with open_encrypted("disk.qcow2", "r+", backing=base) as disk:
         _requests(disk, content, rnd)
-        jobs.commit(disk).wait()
+        jobs.commit(disk, empty=True).wait()
         assert disk.read(0, SIZE) == content
     _check(qemu_img, "base.qcow2", content)
     with open_encrypted("disk.qcow2", "r+", backing=base) as disk:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 import blocklib
-from blocklib import GraphConflictError, MiB, OutOfRangeError, ReadOnlyError, UsageError, jobs
+from blocklib import GraphConflictError, MiB, NameNotFoundError, OutOfRangeError, ReadOnlyError, ThrottleGroup, UsageError, jobs
 from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -271,6 +271,54 @@ def test_zeroes_give_their_space_back_only_if_that_is_wanted(tmp_path: Path, unm
         other.flush()
         assert other.read(0, SIZE) == bytes(SIZE)
         assert (paths[1].stat().st_blocks < before // 2) is unmap
+
+
+@pytest.mark.parametrize("replaces", [None, "image", "limit", "keeper"])
+def test_the_copy_takes_the_place_of_the_node_that_is_named(tmp_path: Path, replaces: str | None) -> None:
+    paths, model = make_chain(tmp_path, 2, SIZE)
+    target = tmp_path / "copy.qcow2"
+    named = {"node-name": "image"}
+    with blocklib.open(paths[-1], "r+", format="qcow2", references="allow", options=named) as disk:
+        keeper = disk.insert_filter("copy-on-read", {"node-name": "keeper"})
+        limit = disk.insert_filter("throttle", {"node-name": "limit", "throttle-group": ThrottleGroup({"iops-total": 10**6})})
+        with writing(disk, model) as writers:
+            job = jobs.mirror(disk, target, format="qcow2", replaces=replaces)
+            job.wait(timeout=120, until="ready")
+            job.complete()
+            assert job.wait(timeout=120).pivoted
+            writers.wait_for(30)
+        assert [Path(str(image.filename)).name for image in disk.chain()] == ["copy.qcow2"]
+        assert disk.read(0, SIZE) == model
+        assert bool(limit.node.parents) is (replaces != "limit")
+        assert bool(keeper.node.parents) is (replaces not in ("limit", "keeper"))
+        for filter in (limit, keeper):
+            if filter.node.parents:
+                filter.remove()
+            else:
+                with pytest.raises(UsageError, match="stands above nothing"):
+                    filter.remove()
+        assert disk.read(0, SIZE) == model
+        assert len(disk.node.parents) == 1
+    assert qemu_content(target, tmp_path) == model
+    assert all(is_clean(path) for path in paths)
+
+
+def test_only_what_shows_the_disk_can_be_replaced(tmp_path: Path) -> None:
+    paths, _model = make_chain(tmp_path, 2, SIZE)
+    with _open(paths[-1]) as disk:
+        with pytest.raises(UsageError, match="does not show"):
+            jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2", replaces=disk.chain()[1].name)
+        with pytest.raises(NameNotFoundError, match="elsewhere"):
+            jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2", replaces="elsewhere")
+        limit = disk.insert_filter("throttle", {"node-name": "limit", "throttle-group": ThrottleGroup({})})
+        job = jobs.mirror(disk, tmp_path / "a.qcow2", format="qcow2", replaces="limit")
+        job.wait(timeout=60, until="ready")
+        limit.remove()
+        job.complete()
+        with pytest.raises(NameNotFoundError, match="limit"):  # it is gone since
+            job.wait(timeout=60)
+        assert [Path(str(image.filename)).name for image in disk.chain()] == ["1.qcow2", "0.qcow2"]
+        assert disk.node.claim is None
 
 
 def test_a_job_that_cannot_be_made_leaves_no_claim(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ class DiskMachine(RuleBasedStateMachine):
         if base == len(self.images) - 2:
             blocklib.commit(target, empty=empty, format="qcow2", references="allow")
         else:
-            blocklib.commit(target, base=path, format="qcow2", references="allow")
+            blocklib.commit(target, base=path, empty=False, format="qcow2", references="allow")
         self.images[base].resize(max(self.images[base].size, self.top.size))
         self.images[base].write(0, bytes(self.top.content))
         for image in self.images[base + 1 : -1]:

@@ -461,7 +461,7 @@ class FeatureMachine(RuleBasedStateMachine):
             self.base.extend(bytes(len(self.content) - len(self.base)))
         self.base[: len(self.content)] = self.content
         before = bytes(self.content)
-        blocklib.commit(self.disk)
+        blocklib.commit(self.disk, empty=True)
         self.content = bytearray(before)
         self._adopt_marks(before)
         self._durable()

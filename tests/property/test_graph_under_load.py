@@ -33,9 +33,21 @@ class _Changes:
     def change(self) -> None:
         long = len(self._disk.chain()) > 3
         self._rng.choice(
-            [self._stream, self._stream]
+            [self._stream, self._commit, self._commit_below]
             if long
-            else [self._overlay, self._stream, self._mirror, self._mirror_cancelled, self._backup, self._filter, self._snapshot]
+            else [
+                self._overlay,
+                self._overlay,
+                self._stream,
+                self._commit,
+                self._commit_cancelled,
+                self._commit_below,
+                self._mirror,
+                self._mirror_cancelled,
+                self._backup,
+                self._filter,
+                self._snapshot,
+            ]
         )()
 
     def _overlay(self) -> None:
@@ -46,6 +58,28 @@ class _Changes:
         if len(chain) > 1:
             below = self._rng.choice([None, *chain[1:]])
             jobs.stream(self._disk, base=below).wait(timeout=60)
+
+    def _commit(self) -> None:
+        chain = self._disk.chain()
+        if len(chain) > 1:
+            job = jobs.commit(self._disk, base=self._rng.choice(chain[1:]))
+            job.wait(timeout=60, until="ready")
+            self._rng.choice([job.complete, job.complete, job.cancel])()
+            job.wait(timeout=60)
+
+    def _commit_cancelled(self) -> None:
+        if len(self._disk.chain()) > 1:
+            job = jobs.commit(self._disk)
+            job.cancel(force=True)
+            with pytest.raises(blocklib.JobCancelled):
+                job.wait(timeout=60)
+
+    def _commit_below(self) -> None:
+        below = self._disk.chain()[1:]
+        if len(below) > 1:
+            top = self._rng.randrange(len(below) - 1)
+            base = self._rng.choice(below[top + 1 :])
+            jobs.commit(self._disk, top=below[top], base=base).wait(timeout=60)
 
     def _mirror(self) -> None:
         sync = self._rng.choice(["full", "top", "none"])

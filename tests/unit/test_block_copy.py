@@ -799,7 +799,7 @@ def test_an_open_disk_reads_on_after_commit_and_rebase(tmp_path: Path) -> None:
     with blocklib.open(tmp_path / "t.qcow2", "r+", format="qcow2", references="allow") as disk:
         disk.write(64 * KiB, pattern(100 * KiB))
         before = disk.read(0, disk.size)
-        blocklib.commit(disk)
+        blocklib.commit(disk, empty=True)
         assert disk.read(0, disk.size) == before
         assert not any(extent.depth == 0 and extent.present for extent in disk.extents())
         blocklib.rebase(disk, "b.qcow2", backing_format="qcow2")
@@ -820,7 +820,7 @@ def test_the_base_is_read_only_again_after_a_commit(tmp_path: Path) -> None:
     blocklib.create(tmp_path / "t.qcow2", 2 * MiB, format="qcow2", backing="b.qcow2", backing_format="qcow2")
     with blocklib.open(tmp_path / "t.qcow2", "r+", format="qcow2", references="allow") as disk:
         disk.write(0, b"x")
-        result = blocklib.commit(disk, base=disk.chain()[1])
+        result = blocklib.commit(disk, base=disk.chain()[1], empty=False)
         assert result.base == disk.chain()[1].filename
         assert [image.read_only for image in disk.chain()] == [False, True]
         assert disk.chain()[1].size == 2 * MiB

@@ -124,7 +124,7 @@ def changes() -> Iterator[Callable[[Disk], object]]:
     yield lambda disk: disk.snapshots.create("s")
     yield lambda disk: disk.truncate(5 * MiB)
     yield lambda disk: disk.write_compressed(3 * MiB + 512 * KiB, bytes(1000) * 64 + bytes(1536))
-    yield lambda disk: blocklib.commit(disk)
+    yield lambda disk: blocklib.commit(disk, empty=True)
     yield lambda disk: blocklib.rebase(disk, "base.raw", backing_format="raw")
 
 
