@@ -43,6 +43,41 @@ def create(
 
     Raises ImageExistsError, OptionError, UsageError, LockedError, StorageError; a file that this call made is removed.
     """
+    made: list[str] = []
+    try:
+        return make_image(
+            made,
+            target,
+            size,
+            format=format,
+            backing=backing,
+            backing_format=backing_format,
+            overwrite=overwrite,
+            options=options,
+        )
+    except BaseException:
+        remove(made)
+        raise
+
+
+def remove(made: list[str]) -> None:
+    """Remove what `make_image` made, the last first."""
+    while made:
+        os.unlink(made.pop())
+
+
+def make_image(
+    made: list[str],
+    target: Target,
+    size: int | None,
+    *,
+    format: str,
+    backing: str | os.PathLike[str] | None,
+    backing_format: str | None,
+    overwrite: bool,
+    options: Mapping[str, OptionValue] | None,
+) -> ImageInfo:
+    """What `create` does; the paths of files that it makes, for who removes them, are added to `made` at once."""
     path = _path_of(target, format)
     typed = _creation_options(format, options or {}, size, backing, backing_format)
     if typed["size"] is None:
@@ -50,20 +85,14 @@ def create(
             raise UsageError("a new image needs a size, or a backing file to take it from")
         typed["size"] = _backing_size(path, typed["backing_file"], typed["backing_fmt"])
     drivers.load(format).image_maker(typed)  # refuses what makes no sense before any file is touched
-    made: list[str] = []
-    try:
-        data_path = typed.get("data_file") and _data_path(path, typed["data_file"])
-        if data_path is not None:
-            _refuse_data_path(path, data_path, typed.get("backing_file"))
-            if _claim(data_path, overwrite=overwrite):
-                made.append(data_path)
-        if _claim(path, overwrite=overwrite):
-            made.append(path)
-        _fill(path, format, typed, data_path, empty_first=path not in made)
-    except BaseException:
-        for name in made:
-            os.unlink(name)
-        raise
+    data_path = typed.get("data_file") and _data_path(path, typed["data_file"])
+    if data_path is not None:
+        _refuse_data_path(path, data_path, typed.get("backing_file"))
+        if _claim(data_path, overwrite=overwrite):
+            made.append(data_path)
+    if _claim(path, overwrite=overwrite):
+        made.append(path)
+    _fill(path, format, typed, data_path, empty_first=path not in made)
     return image_info(_target_at(path), format=format)
 
 

@@ -8,6 +8,7 @@ from blocklib.jobs.check import check, repair
 from blocklib.jobs.commit import commit
 from blocklib.jobs.compare import compare
 from blocklib.jobs.convert import convert
+from blocklib.jobs.create import create
 from blocklib.jobs.job import Job, JobEvent, JobEvents, JobStatus, ProgressCallback
 from blocklib.jobs.measure import measure
 from blocklib.jobs.mirror import mirror
@@ -26,6 +27,7 @@ __all__ = [
     "commit",
     "compare",
     "convert",
+    "create",
     "measure",
     "mirror",
     "rebase",

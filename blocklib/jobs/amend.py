@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from blocklib import graph
 from blocklib.building import FROM_IMAGE
@@ -69,11 +69,14 @@ class _Amend(Record, Task[ImageInfo]):
             typed = check_options(node.driver, self.options, table="amend")
             with graph.alone(node):
                 node.check_amend(typed, force=self.force)
+            control.pause_point()  # the last one: what it has begun it does to the end
             size = typed.get("size")
             if size and size != disk.size:
                 disk.truncate(size, shrink=True)
             with graph.alone(node):
-                node.amend(typed, force=self.force, progress=_progress(control))
+                telling = _Telling(control)
+                node.amend(typed, force=self.force, progress=telling)
+                telling.end()
             return disk.info()
 
     @contextmanager
@@ -94,14 +97,18 @@ class _Amend(Record, Task[ImageInfo]):
             yield disk
 
 
-def _progress(control: Control) -> Callable[[int, int], Any]:
-    """What tells a job how far the work is.  It is not interrupted: what it has begun is not to be left half done."""
-    before = 0
+class _Telling:
+    """Tells a job how far the work is.  It is not interrupted: what it has begun is not to be left half done."""
 
-    def tell(done: int, total: int) -> None:
-        nonlocal before
-        control.set_total(total)
-        control.advance(max(done - before, 0))
-        before = done
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._done = self._total = 0
 
-    return tell
+    def __call__(self, done: int, total: int) -> None:
+        self._control.set_total(total)
+        self._control.advance(max(done - self._done, 0))
+        self._done, self._total = max(done, self._done), total
+
+    def end(self) -> None:
+        """All is done."""
+        self(self._total, self._total)
