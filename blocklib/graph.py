@@ -477,6 +477,17 @@ class Loan:
             change.set_permissions(self._root, wanted=wanted, shared=shared)
 
 
+@contextmanager
+def lent(loans: Iterable[Loan]) -> Iterator[None]:
+    """These loans end with the block, in which their borrower is closed: that may still write to what is lent."""
+    try:
+        yield
+    finally:
+        with Transaction() as change:
+            for loan in loans:
+                loan.end(change)
+
+
 class Claim:
     """The right of one job to change which images a chain has: `images` are its own until `release`."""
 

@@ -36,14 +36,10 @@ class InsertedFilter:
             self._take_away()
 
     def _take_away(self) -> None:
-        with graph.Transaction() as change:
-            below, *others = self.node.children.values()
+        below = self.node.children["file"].node
+        with graph.lent(self._loans), graph.Transaction() as change:
             for edge in tuple(self.node.parents):
-                change.redirect(edge, below.node)
-            for edge in others:  # now, so that whose they are can have them back
-                change.detach(edge)
-            for loan in self._loans:
-                loan.end(change)
+                change.redirect(edge, below)
 
 
 def insert(root: graph.Edge, driver: str, options: Mapping[str, Any]) -> InsertedFilter:

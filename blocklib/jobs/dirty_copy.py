@@ -227,12 +227,12 @@ class Placement:
     def __init__(self, filter: Filter, node: Node, target: Disk | None = None) -> None:
         self._filter = filter
         self._node = node
-        self._loan: graph.Loan | None = None
+        self._loans: list[graph.Loan] = []
         with graph.Transaction() as change:
             users = tuple(node.parents)
             change.attach(filter, "file", node)
             if target is not None:
-                self._loan = graph.Loan(target.root, change)
+                self._loans.append(graph.Loan(target.root, change))
                 change.attach(filter, "target", target.root.node)
             filter.load()
             for edge in users:
@@ -240,13 +240,9 @@ class Placement:
 
     def take_away(self) -> None:
         """Let them reach the image itself; the caller has drained it.  Where nobody uses the filter any more, nothing."""
-        with graph.Transaction() as change:
+        with graph.lent(self._loans), graph.Transaction() as change:
             for edge in tuple(self._filter.parents):
                 change.redirect(edge, self._node)
-            if self._loan is not None:
-                if "target" in self._filter.children:
-                    change.detach(self._filter.children["target"])
-                self._loan.end(change)
 
 
 class Errors:

@@ -252,3 +252,14 @@ def test_copies_in_time_are_copies(path: Path, target: Path) -> None:
             writers.wait_for(60)
         assert disk.read(0, SIZE) == model
         assert _point_in_time(disk, copy) == CONTENT
+
+
+def test_a_filter_that_ends_with_a_write_to_what_it_borrowed_can_make_it(path: Path, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        file.truncate(MiB)
+    with blocklib.open(path, "r+") as disk, blocklib.open(tmp_path / "log", "r+", format="raw") as log:
+        logged = disk.insert_filter("blklogwrites", {"log": log})
+        disk.write(0, b"logged")
+        logged.remove()
+        assert int.from_bytes(log.read(16, 8), "little") == 1  # entries, by the superblock
+        log.write(0, b"mine again")
