@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -34,14 +34,25 @@ class CountingNode(PassingFilter):
         """Begin anew."""
         self.bytes: Counter[str] = Counter()
         self._seen: dict[str, DirtyBits] = {}
+        self.log: list[tuple[str, int, int]] = []
 
     def ranges(self, what: str) -> list[tuple[int, int]]:
         """(offset, length) of what was seen, each byte once."""
         seen = self._seen.get(what)
         return list(seen.ranges()) if seen is not None else []
 
+    def bytes_inside(self, what: str, ranges: Iterable[tuple[int, int]]) -> int:
+        """Bytes, each as often as it was seen, inside some ranges (offset, length)."""
+        inside = 0
+        for start, n in ranges:
+            for kind, offset, length in self.log:
+                if kind == what:
+                    inside += max(0, min(start + n, offset + length) - max(start, offset))
+        return inside
+
     def _count(self, what: str, offset: int, length: int) -> None:
         with self._lock:
+            self.log.append((what, offset, length))
             self.bytes[what] += length
             self._seen.setdefault(what, DirtyBits(self._space, 512)).set_range(offset, length)
 
