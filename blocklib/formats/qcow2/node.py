@@ -20,6 +20,7 @@ from blocklib.formats.qcow2.corruption import mark_corrupt, refuse_corrupt
 from blocklib.formats.qcow2.cow import Allocations, AllocationTicket
 from blocklib.formats.qcow2.header import Header, check_supported, header_span, parse_header
 from blocklib.formats.qcow2.mapping import Mapping as ClusterMapping
+from blocklib.formats.qcow2.sharing import refuse_shared_l2_tables
 from blocklib.formats.qcow2.snapshots.table import read_snapshots
 from blocklib.formats.qcow2.tables import Table, read_table
 from blocklib.formats.qcow2.writeback import WriteBack
@@ -176,7 +177,12 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         """The active L1 table; that of a snapshot, with the size of its disk, where the options name one."""
         index = self.load_named_snapshot()
         if index is None:
-            return read_table(self.file, "Q", self.header.l1_table_offset, self.header.l1_size * 8)
+            offset = self.header.l1_table_offset
+            l1 = read_table(self.file, "Q", offset, self.header.l1_size * 8)
+            refuse_shared_l2_tables(
+                l1, self.geometry, self.file.size, structure="L1 table", host_offset=offset, node=self.filename
+            )
+            return l1
         from blocklib.formats.qcow2.snapshots.changes import load_l1
 
         return load_l1(self, index)

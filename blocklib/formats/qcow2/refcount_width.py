@@ -14,6 +14,7 @@ import numpy as np
 from blocklib.errors import ImageCorruptError, ImageLimitError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.check.counts import CountArray, pack_refcounts, unpack_refcounts
+from blocklib.formats.qcow2.sharing import refuse_shared_refcount_blocks
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.geometry import Geometry
@@ -30,10 +31,13 @@ class _New(NamedTuple):
 
 
 def check_counts(node: Qcow2Node, width: int) -> None:
-    """Raises ImageLimitError for a refcount that does not fit `width` bits, with the host offset of its cluster.
+    """Raises ImageLimitError for a refcount that does not fit `width` bits, with the host offset of its cluster, and
+    ImageCorruptError for a refcount table with more blocks than the file has room for.
 
     The caller has written everything that was only in memory.
     """
+    table, place = node.refcounts.table, node.refcounts.table_offset
+    refuse_shared_refcount_blocks(table, node.geometry, node.file.size, host_offset=place, node=node.filename)
     most = (1 << width) - 1
     if most >= node.geometry.max_refcount:
         return

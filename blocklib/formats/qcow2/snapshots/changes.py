@@ -18,6 +18,7 @@ from blocklib.errors import ImageCorruptError, ImageLimitError, UnsupportedFeatu
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L2, REFCOUNT_BLOCK
+from blocklib.formats.qcow2.sharing import refuse_shared_l2_tables
 from blocklib.formats.qcow2.snapshots.table import Snapshot, checked_name, extra_data, new_id, table_bytes
 from blocklib.formats.qcow2.snapshots.tally import Tally, Write, l2_offsets, tally_for
 from blocklib.formats.qcow2.tables import Table, read_table, table_to_bytes
@@ -153,6 +154,8 @@ def load_l1(node: Qcow2Node, index: int) -> Table:
             node=node.filename,
         )
     table = read_table(node.file, "Q", entry.l1_offset, length)
+    place = entry.l1_offset
+    refuse_shared_l2_tables(table, node.geometry, node.file.size, structure=structure, host_offset=place, node=node.filename)
     if len(table) < needed:  # made by a program that did not write down the end of the disk
         table.extend(array("Q", bytes((needed - len(table)) * layout.TABLE_ENTRY_LENGTH)))
     return table
