@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 from blocklib import extents as vocabulary
 from blocklib._fast import extents as kernels
 from blocklib._fast.extents import DEPTH_SHIFT, SAID, Rows
+from blocklib._fast.totals import data_bytes
+from blocklib.errors import ImageCorruptError
 from blocklib.extents import (
     FLAG_ALLOCATED,
     FLAG_COMPRESSED,
@@ -38,6 +40,8 @@ _ENDLESS: Final = 1 << 62
 """Behind every place in a file."""
 _FEW_ROWS: Final = 1 << 8
 """And one by one."""
+_TIMES_TOLD: Final = 16
+"""Data may be found in the same bytes of a file more than once: it may move while somebody looks."""
 
 
 def block_status(node: Node, offset: int, length: int) -> Status:
@@ -200,12 +204,14 @@ def row_windows(top: Node, offset: int, length: int, base: Node | None = None) -
     prepare_status(top)
     tables = length > 0 and worth_tables(top, offset, length)
     end = offset + length
+    told = _Told(top, offset)
     window = _FIRST_WINDOW
     held = None  # the last row: the next window may go on with it
     while offset < end:
         asked = min(window, end - offset) if tables else end - offset
         if tables:
             rows = _table(top, offset, asked, base)
+            told.check(rows)
             covered = rows.end - offset
             window = window * 4 if covered == asked else covered  # what one image has more of than others is not read again
         else:
@@ -219,6 +225,40 @@ def row_windows(top: Node, offset: int, length: int, base: Node | None = None) -
             yield rows
     if held is not None:
         yield kernels.one_row(*held)
+
+
+class _Told:
+    """How much data one walk over a disk has found in each image: not much more than the image's file has bytes.
+
+    A cluster of a file is part of a disk once.  Where an image says otherwise, a few of them could fill exabytes.
+    """
+
+    def __init__(self, top: Node, start: int) -> None:
+        self._start = start
+        self._images: list[tuple[Node, Node]] = []  # with what holds the data of each
+        node: Node | None = skip_filters(top)
+        while node is not None:
+            edge = node.data_edge()
+            self._images.append((node, edge.node if edge is not None else node))
+            node = backing_below(node)
+        self._bytes = [0] * len(self._images)
+
+    def check(self, rows: Rows) -> None:
+        """Raises ImageCorruptError.  Nothing is counted before it could be too much, which for most images is never."""
+        for depth, (node, file) in enumerate(self._images):
+            if rows.end - self._start <= file.size * _TIMES_TOLD:
+                continue
+            self._bytes[depth] += data_bytes(rows, depth, file.size)
+            if self._bytes[depth] > file.size * _TIMES_TOLD:
+                name = node.filename or node.name
+                raise ImageCorruptError(
+                    f"{name}: more than {self._bytes[depth]} bytes of the disk are said to lie in {file.size} bytes of a file",
+                    structure="L2 tables",
+                    host_offset=None,
+                    expected=f"a cluster of the file for each cluster of data, which are {file.size} bytes at the most",
+                    found=f"{self._bytes[depth]} bytes",
+                    node=name,
+                )
 
 
 def _one_by_one(top: Node, offset: int, length: int, base: Node | None) -> Rows:

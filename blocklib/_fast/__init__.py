@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-FAMILIES: Final = ("bits", "buffers", "check", "crc32c", "extents", "lookups", "placing", "refcounts", "transfers")
+FAMILIES: Final = ("bits", "buffers", "check", "crc32c", "extents", "lookups", "placing", "refcounts", "totals", "transfers")
 """The modules that have kernels."""
 
 
