@@ -6,10 +6,11 @@ last piece are zero.  Whatever may touch many of them works on whole bytes or, w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from blocklib._fast.bits import merge_scaled, switches
+from blocklib._fast.bits import Bits, merge_scaled, switches
 
 if TYPE_CHECKING:
     from blocklib.extents import RangeTable
@@ -19,6 +20,8 @@ _STEP: Final = 1 << 16
 _ONES: Final = b"\xff" * _STEP
 _ZEROES: Final = bytes(_STEP)
 _FIRST_LOOK: Final = 32
+_LAZY: Final = 1 << 20
+"""Bytes of bits that are not all kept in memory: most of a large disk is not marked."""
 
 
 class DirtyBits:
@@ -30,10 +33,10 @@ class DirtyBits:
         self.granularity = granularity
         self.shift = granularity.bit_length() - 1
         self.size = size
-        self._bits = bytearray(bytes_for(size, self.shift))
+        self._bits = zero_bits(bytes_for(size, self.shift))
 
     @classmethod
-    def from_bytes(cls, size: int, granularity: int, data: bytearray) -> DirtyBits:
+    def from_bytes(cls, size: int, granularity: int, data: Bits) -> DirtyBits:
         """Bits as `to_bytes` gave them; takes `data` over."""
         self = cls(0, granularity)
         self._bits = data
@@ -42,7 +45,11 @@ class DirtyBits:
 
     def to_bytes(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop) of the array, as far as it reaches."""
-        return self._bits[start:stop]
+        return bytearray(self._bits[start:stop])
+
+    def copy(self) -> DirtyBits:
+        """The same bits, to be changed on their own."""
+        return DirtyBits.from_bytes(self.size, self.granularity, _lengthened(self._bits, len(self._bits)))
 
     def part_is(self, start: int, stop: int) -> int | None:
         """0 or 1 where the bytes [start, stop) are all zeroes or all ones and the array reaches that far, else None.
@@ -67,7 +74,8 @@ class DirtyBits:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DirtyBits):
             return NotImplemented
-        return (self.size, self.granularity, self._bits) == (other.size, other.granularity, other._bits)
+        same = (self.size, self.granularity) == (other.size, other.granularity)
+        return same and memoryview(self._bits) == memoryview(other._bits)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -89,7 +97,7 @@ class DirtyBits:
 
     def clear(self) -> None:
         """Unmark everything."""
-        self._bits = bytearray(len(self._bits))
+        self._bits = zero_bits(len(self._bits))
 
     def _set(self, first: int, last: int) -> None:
         bits = self._bits
@@ -120,10 +128,8 @@ class DirtyBits:
     def truncate(self, size: int) -> None:
         """Follow the disk to another size; new pieces are not marked."""
         length = bytes_for(size, self.shift)
-        if length < len(self._bits):
-            del self._bits[length:]
-        else:
-            self._bits += bytes(length - len(self._bits))
+        if length != len(self._bits):
+            self._bits = _lengthened(self._bits, length)
         self.size = size
         self._cut_tail()
 
@@ -230,13 +236,29 @@ def bytes_for(size: int, shift: int) -> int:
     return (((size + (1 << shift) - 1) >> shift) + 7) >> 3
 
 
-def _fill(bits: bytearray, start: int, stop: int, pattern: bytes) -> None:
+def zero_bits(length: int) -> Bits:
+    """So many bytes of zeroes."""
+    if length < _LAZY or sys.platform == "win32":
+        return bytearray(length)
+    from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+    return mmap(-1, length, MAP_PRIVATE | MAP_ANONYMOUS)
+
+
+def _lengthened(bits: Bits, length: int) -> Bits:
+    """The same bytes, cut off or with zeroes behind them, in memory of their own."""
+    found = zero_bits(length)
+    _or_into(found, bits)
+    return found
+
+
+def _fill(bits: Bits, start: int, stop: int, pattern: bytes) -> None:
     for position in range(start, stop, _STEP):
         n = min(_STEP, stop - position)
         bits[position : position + n] = pattern if n == _STEP else pattern[:n]
 
 
-def _or_into(bits: bytearray, other: bytearray) -> None:
+def _or_into(bits: Bits, other: Bits) -> None:
     for start in range(0, min(len(bits), len(other)), _STEP):
         theirs = other[start : min(start + _STEP, len(bits))]
         if theirs.count(0) == len(theirs):

@@ -38,10 +38,15 @@ class Limits(Record):
 
     l1_bytes: int = 32 * MiB
     refcount_table_bytes: int = 8 * MiB
+    header_extensions: int = 1024
+    """The format allows any number; five kinds are known."""
     snapshots: int = 65536
-    bitmaps: int = 65535
+    bitmaps: int = 8192
+    """QEMU allows 65535, each of which is looked at, and written anew when the disk gets another size."""
     bitmap_bytes: int = 1 << 30
-    """What the stored bitmaps of one image may take in memory, together."""
+    """How long the stored bitmaps of one image may be in memory, together."""
+    marked_bytes: int = 64 * MiB
+    """What of them is not zero may take; or as much as the image's file, where that is longer."""
     chain_depth: int = 200
     """Images below the top one."""
     virtual_size: int = MAX_SIZE

@@ -324,7 +324,7 @@ class Tracking:
             refuse_inconsistent(bitmap, self._node)
             bits = self._load(bitmap)
             with self._lock:
-                return DirtyBits.from_bytes(bits.size, bits.granularity, bits.to_bytes(0, bits.length))
+                return bits.copy()
 
     def count(self, bitmap: DirtyBitmap) -> int:
         """Dirty bytes."""

@@ -6,10 +6,16 @@ Bit n is bit n % 8, from the least significant, of byte n // 8.
 from __future__ import annotations
 
 from array import array
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from blocklib._fast.kernel import Family
 from blocklib._fast.pointer import Pointer
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+Bits: TypeAlias = "bytearray | mmap"
+"""Bytes of bits; where they are many, in memory that takes no room before they are changed."""
 
 family = Family(__name__)
 
@@ -19,7 +25,7 @@ _SAVED_PER_BYTE: Final = 40
 """Nanoseconds that a kernel saves, against going from one run of ones to the next, where there are some."""
 
 
-def switches(bits: bytearray, first: int, stop: int) -> array[int]:
+def switches(bits: Bits, first: int, stop: int) -> array[int]:
     """Where bits [first, stop) turn from 0 to 1 and back, as if zeroes lay around them: an even number of positions."""
     assert 0 <= first <= stop <= len(bits) * 8
     kernel = _switches.worth(((stop - first) >> 3) * _SAVED_PER_BYTE)
@@ -40,7 +46,7 @@ def switches(bits: bytearray, first: int, stop: int) -> array[int]:
     return found
 
 
-def switches_definition(bits: bytearray, first: int, stop: int) -> array[int]:
+def switches_definition(bits: Bits, first: int, stop: int) -> array[int]:
     """What `switches` answers."""
     found = array("q")
     before = 0
@@ -60,7 +66,7 @@ def switches_definition(bits: bytearray, first: int, stop: int) -> array[int]:
     return found
 
 
-def merge_scaled(bits: bytearray, n: int, other: bytearray, shift: int) -> None:
+def merge_scaled(bits: Bits, n: int, other: Bits, shift: int) -> None:
     """Set what is set in `other` in the first `n` bits of `bits`, too.
 
     A bit of `other` is worth ``1 << shift`` of ours, or with a negative shift a part of one.
@@ -74,7 +80,7 @@ def merge_scaled(bits: bytearray, n: int, other: bytearray, shift: int) -> None:
         kernel(Pointer(bits, "B", writable=True), n, Pointer(other, "B"), len(other), shift)
 
 
-def merge_scaled_definition(bits: bytearray, n: int, other: bytearray, shift: int) -> None:
+def merge_scaled_definition(bits: Bits, n: int, other: Bits, shift: int) -> None:
     """What `merge_scaled` does."""
     found = switches_definition(other, 0, len(other) * 8)
     for start, stop in zip(found[0::2], found[1::2], strict=True):

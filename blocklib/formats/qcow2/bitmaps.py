@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from blocklib.dirty_bits import DirtyBits
+from blocklib.dirty_bits import DirtyBits, zero_bits
 from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.bitmap_directory import (
@@ -110,6 +110,8 @@ class StoredBitmaps(BitmapStore):
         self._entries: dict[str, DirectoryEntry] = {}
         """What the file has, in its order."""
         self._loaded_bytes = 0
+        self._marked_bytes = 0
+        """Of them, what is not all zeroes and so takes memory."""
         self._read_directory()
 
     def _read_directory(self) -> None:
@@ -193,7 +195,7 @@ class StoredBitmaps(BitmapStore):
         length = data_length(size, entry.granularity_bits)
         node.limits.check("bitmap_bytes", self._loaded_bytes + length, structure="bitmaps", node=node.filename)
         table = self._read_table(entry)
-        data = bytearray(length)
+        data = zero_bits(length)
         view = memoryview(data)
         bits = node.geometry.cluster_bits
         index = 0
@@ -206,14 +208,23 @@ class StoredBitmaps(BitmapStore):
                     stop += 1
                 part = view[start : stop << bits]
                 self._refuse_outside(entry, index, value, len(part))
+                self._charge(len(part))
                 node.file.read(value, part, "metadata")
             elif value:
                 part = view[start : stop << bits]
+                self._charge(len(part))
                 part[:] = b"\xff" * len(part)
             index = stop
         self._loaded_bytes += length
         view.release()
         return DirtyBits.from_bytes(size, bitmap.granularity, data)
+
+    def _charge(self, length: int) -> None:
+        """Memory for bits that are set.  Raises ImageLimitError: a few entries of a table can ask for any amount."""
+        node = self._node
+        self._marked_bytes += length
+        if self._marked_bytes > node.file.size:
+            node.limits.check("marked_bytes", self._marked_bytes, structure="bitmaps", node=node.filename)
 
     def _read_table(self, entry: DirectoryEntry) -> Table:
         node = self._node

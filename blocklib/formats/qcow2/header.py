@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from blocklib.errors import FormatMismatchError, ImageCorruptError, UnsupportedFeatureError, UsageError
+from blocklib.errors import FormatMismatchError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError, UsageError
 from blocklib.formats.qcow2 import header_checks as checks
 from blocklib.formats.qcow2 import layout
 from blocklib.formats.qcow2.geometry import Geometry
@@ -224,7 +224,7 @@ def parse_header(
         raise unsupported_features(unknown, feature_names_of(view, header), node)
     checks.check_compression_type(header, refuse)
     header.backing_name_bytes = read_backing_name(view, header, refuse)
-    header.extensions = read_extensions(view, header, node)
+    header.extensions = read_extensions(view, header, node, limits.header_extensions)
     checks.check_encryption(header, refuse)
     checks.check_tables(header, file_length, for_check, refuse)
     return header
@@ -380,13 +380,22 @@ def _extensions_stop(header: Header) -> int:
     return header.backing_file_offset or 1 << header.cluster_bits
 
 
-def read_extensions(view: memoryview, header: Header, node: str | None) -> list[Extension]:
-    """All header extensions.  Raises ImageCorruptError."""
+def read_extensions(view: memoryview, header: Header, node: str | None, most: int | None = None) -> list[Extension]:
+    """All header extensions.  Raises ImageCorruptError, ImageLimitError where there are more than `most`."""
     extensions: list[Extension] = []
     stop = min(_extensions_stop(header), len(view))
     for offset, kind, length in _walk_extensions(view, header.header_length, stop):
         if kind == layout.EXTENSION_END:
             break
+        if len(extensions) == most:
+            raise ImageLimitError(
+                f"{checks.prefix(node)}more than {most} header extensions (the limit header_extensions)",
+                structure="header extensions",
+                host_offset=offset,
+                expected=f"at most {most}",
+                found=f"more than {most}",
+                node=node,
+            )
         name = layout.EXTENSION_NAMES.get(kind, f"header extension {kind:#010x}")
         start = offset + layout.EXTENSION_HEADER_LENGTH
         raw = bytes(view[start : start + length]) if start + length <= stop else b""

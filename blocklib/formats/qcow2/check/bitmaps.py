@@ -66,7 +66,7 @@ class BitmapScan:
 
     def _load(self, data: bytes) -> None:
         scan = self._scan
-        extension = parse_extension(data, scan.geometry, Limits())
+        extension = parse_extension(data, scan.geometry, Limits(bitmaps=layout.MAX_BITMAPS))
         self.extension = extension
         directory = read_bytes(scan.file, extension.directory_offset, extension.directory_length)
         try:
@@ -89,6 +89,8 @@ class BitmapScan:
         if not scan.count_region(structure, entry.table_offset, entry.table_length, role="bitmap table", repairable=True):
             return False
         table = read_entries(scan.file, entry.table_offset, entry.table_entries)
+        if not table.any():
+            return True
         offsets = table & np.uint64(layout.OFFSET_MASK)
         wrong = (table & np.uint64(layout.BITMAP_TABLE_RESERVED_MASK)) != 0
         wrong |= (offsets & np.uint64(cluster_size - 1)) != 0
