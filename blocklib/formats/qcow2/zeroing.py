@@ -9,7 +9,7 @@ from array import array
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blocklib.formats.qcow2 import data_file, layout
-from blocklib.formats.qcow2.tables import Table
+from blocklib.formats.qcow2.tables import Table, zeroes_end
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.mapping import Mapping
@@ -78,8 +78,10 @@ def forget_range(node: Qcow2Node, offset: int, length: int) -> None:
     stop = min((offset + length) >> shift, len(mapping.l1))
     if offset + length >= node.geometry.round_up(node.size):
         stop = node.geometry.l1_entries_for(offset + length)  # the last table goes, however little of the disk it maps
-    for l1_index in range(first, stop):
+    l1_index = zeroes_end(mapping.l1, first, stop)
+    while l1_index < stop:
         node.retry(lambda l1_index=l1_index: _forget_table(node, l1_index))  # type: ignore[misc]
+        l1_index = zeroes_end(mapping.l1, l1_index + 1, stop)
 
 
 def _forget_table(node: Qcow2Node, l1_index: int) -> None:

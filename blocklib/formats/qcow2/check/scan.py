@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 _MAX_WEIGHT: Final = 1 << 31
 """More users of one table than this are not told apart: it keeps every sum exact."""
-_PENDING: Final = 1 << 22
+_PENDING: Final = 1 << 20
 """L1 entries that are collected before equal ones are merged."""
+_L1_PART: Final = 1 << 18
+"""L1 entries that are looked at together: a table may have four million of them."""
 _SECTOR: Final = 512
 _ENCRYPTION_POINTER: Final = struct.Struct(layout.ENCRYPTION_EXTENSION_FORMAT)
 _SLICE: Final = 1 << 20
@@ -76,7 +78,8 @@ class Scan:
             raise ImageLimitError(
                 f"counting the {self.n_clusters} clusters of the file takes more memory than there is",
                 structure="image file",
-                found=f"{self.file_size} bytes",
+                expected="a file whose clusters can be counted in memory",
+                found=f"{self.n_clusters} clusters",
             ) from exc
         self.has_data_file = bool(header.incompatible_features & layout.INCOMPATIBLE_DATA_FILE)
         """Guest clusters lie in another file, where nothing counts them."""
@@ -97,7 +100,8 @@ class Scan:
         self.walk = L2Walk(self, progress)
         self._n_references = 0
         self._roles: list[tuple[str, U64Array, U64Array]] = []
-        self._l2_uses: list[tuple[U64Array, U64Array, U64Array]] = []
+        none = np.empty(0, dtype=np.uint64)
+        self._l2_uses: list[tuple[U64Array, U64Array, U64Array]] = [(none, none, none)]
         self._n_pending = 0  # entries in `_l2_uses`
         self._beyond: list[U64Array] = []
         self._refcount_uses: list[tuple[U64Array, U64Array]] = []
@@ -211,7 +215,14 @@ class Scan:
         table = read_entries(self.file, offset, n_entries)
         if active:
             self.active_l1 = table
+        for start in range(0, table.size, _L1_PART):
+            part = table[start : start + _L1_PART]
+            self._count_l1_part(offset + start * layout.TABLE_ENTRY_LENGTH, part, structure, active=active, times=times)
+
+    def _count_l1_part(self, offset: int, table: U64Array, structure: str, *, active: bool, times: int) -> None:
         places = np.flatnonzero(table)
+        if not places.size:
+            return
         entries = table[places]
         l2_offsets = entries & np.uint64(layout.OFFSET_MASK)
         reserved = (entries & np.uint64(layout.L1_RESERVED_MASK)) != 0

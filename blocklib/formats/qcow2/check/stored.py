@@ -50,7 +50,8 @@ def read_entries(file: ImageFile, host_offset: int, n_entries: int) -> U64Array:
     """The entries of a table of 64-bit numbers, as far as the file reaches; those past its end would be zero."""
     inside = max(0, min(n_entries * layout.TABLE_ENTRY_LENGTH, file.size - host_offset))
     whole = -(-inside // layout.TABLE_ENTRY_LENGTH) * layout.TABLE_ENTRY_LENGTH
-    return read_bytes(file, host_offset, whole).view(">u8").astype(np.uint64)
+    entries = read_bytes(file, host_offset, whole).view(np.uint64)
+    return entries.byteswap(inplace=True) if sys.byteorder == "little" else entries
 
 
 class StoredRefcounts:
