@@ -46,6 +46,7 @@ def _io(*commands: str) -> tuple[str, ...]:
 COMMANDS: Final[dict[str, Command]] = {
     "info": Command(("info", "-f", "qcow2", IMAGE)),
     "info --output=json": Command(("info", "-f", "qcow2", "--output=json", IMAGE)),
+    "inspect": Command(("inspect", IMAGE), codes=(0, 1)),
     "map": Command(("map", "-f", "qcow2", "--output=json", IMAGE)),
     "check": Command(("check", "-f", "qcow2", IMAGE), codes=(0, 2, 3)),
     "check --plan": Command(("check", "-f", "qcow2", "-r", "all", "--plan", IMAGE), codes=(0, 2, 3)),
@@ -166,6 +167,8 @@ class Verdict:
 
 
 def _wrong_with_end(command: Command, outcome: Outcome) -> Iterator[str]:
+    if "internal error" in outcome.err or "Traceback" in outcome.err:
+        yield "an internal error"
     if outcome.code in command.codes:
         return
     if outcome.code not in command.errors:
@@ -174,8 +177,6 @@ def _wrong_with_end(command: Command, outcome: Outcome) -> Iterator[str]:
     lines = outcome.err.splitlines() + ([] if command.arguments[0] != "io" else _io_errors(outcome))
     if not lines or any(not line.startswith("blocklib: ") for line in outcome.err.splitlines()):
         yield "not one line that says what is wrong"
-    if "internal error" in outcome.err or "Traceback" in outcome.err:
-        yield "an internal error"
     error = outcome.error
     if error is not None and "ImageError" in error["kinds"]:
         due = ("features",) if "UnsupportedFeatureError" in error["kinds"] else ("structure", "expected", "found")

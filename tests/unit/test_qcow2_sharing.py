@@ -106,3 +106,10 @@ def test_bits_of_bitmaps_that_are_set_are_limited_by_name(path: Path) -> None:
             disk.bitmaps["first"].dirty_ranges()
         disk.bitmaps["first"].remove()
         disk.bitmaps["second"].remove()
+
+
+def test_an_inspection_tells_of_too_many_header_extensions(path: Path) -> None:
+    bombs.many_extensions(path)
+    found = blocklib.inspect(path)
+    assert found.limits_exceeded == ("header_extensions",)
+    assert not found.safe

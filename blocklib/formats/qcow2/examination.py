@@ -66,7 +66,8 @@ def _tell(exc: ImageError, account: Account) -> None:
     if isinstance(exc, UnsupportedFeatureError):
         account.failed("unknown_features", str(exc))
     elif isinstance(exc, ImageLimitError):
-        account.exceeds("cluster_size", str(exc))  # the only limit there that is the format's own
+        # The only limits there: one of ours, and one that is the format's own.
+        account.exceeds("header_extensions" if exc.structure == "header extensions" else "cluster_size", str(exc))
     else:
         account.failed("header", str(exc))
 
@@ -86,7 +87,7 @@ def _judge(view: memoryview, header: Header, refuse: checks.Refusal, account: Ac
         header.backing_name_bytes = read_backing_name(view, header, refuse)
 
     def read_rest() -> None:
-        header.extensions = read_extensions(view, header, None)
+        header.extensions = read_extensions(view, header, None, account.limits.header_extensions)
 
     steps: tuple[Callable[[], None], ...] = (
         lambda: checks.check_compression_type(header, refuse),
