@@ -74,11 +74,6 @@ class Rows:
         return zip(used[0::4], used[1::4], used[2::4], used[3::4], strict=True)
 
     @property
-    def pointer(self) -> Pointer:
-        """What a kernel of another family is given of them."""
-        return self._pointer
-
-    @property
     def full(self) -> bool:
         """Whether the next entry of an L2 table may find no room."""
         return self._state[0] + _PER_PAIR > self.most

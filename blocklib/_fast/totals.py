@@ -20,7 +20,7 @@ def data_bytes(rows: Rows, depth: int, size: int) -> int:
     kernel = _data_bytes.worth(len(rows) * _SAVED_PER_ROW)
     if kernel is None:
         return data_bytes_definition(rows, depth, size)
-    return kernel(rows.pointer, len(rows), depth, size)
+    return kernel(rows._pointer, len(rows), depth, size)
 
 
 def data_bytes_definition(rows: Rows, depth: int, size: int) -> int:
