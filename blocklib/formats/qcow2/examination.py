@@ -111,7 +111,7 @@ def _answer(fields: Header | None, account: Account) -> None:
         for name in ("backing_file", "data_file", "unknown_features", "header"):
             account.failed(name, "the file ends inside the header")
         return
-    account.virtual_size = fields.size
+    account.virtual_size = fields.size // layout.SIZE_UNIT * layout.SIZE_UNIT
     account.encrypted = fields.crypt_method != layout.CRYPT_NONE
     account.features += _feature_names(fields)
     backing, data_file = fields.backing_name, fields.data_file_name
