@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from blocklib import graph
 from blocklib.errors import ReadOnlyError, UsageError
-from blocklib.tracking import DirtyBitmap, Tracking, tracking_of
+from blocklib.status import skip_filters
+from blocklib.tracking import MAX_GRANULARITY, MIN_GRANULARITY, DirtyBitmap, ExportedBitmaps, Tracking, tracking_of
 
 if TYPE_CHECKING:
     from blocklib.dirty_bits import DirtyBits
@@ -94,7 +95,14 @@ class Bitmap:
         length = max(0, node.size - offset) if length is None else index(length)
         if offset < 0 or length < 0:
             raise UsageError(f"{length} bytes at {offset}")
-        return self._tracking.copy(self._bitmap).table(offset, length)
+        return self._table(offset, length)
+
+    def _table(self, offset: int, length: int) -> RangeTable:
+        return self._copy().table(offset, length)
+
+    def _copy(self) -> DirtyBits:
+        """What is marked now."""
+        return self._tracking.copy(self._bitmap)
 
     def clear(self, *, transaction: DiskTransaction | None = None) -> None:
         """Unmark everything; with `transaction` at the instant of that."""
@@ -105,7 +113,7 @@ class Bitmap:
         before: list[DirtyBits] = []
 
         def clear() -> None:
-            before.append(self._tracking.copy(self._bitmap))
+            before.append(self._copy())
             self._clear()
 
         def bring_back() -> None:
@@ -152,7 +160,7 @@ class Bitmap:
                     f"the bitmap {other.name!r} is for a disk of {other_node.size} bytes, {self.name!r} for one of {node.size}",
                     node=node.name,
                 )
-            copies.append(other._tracking.copy(other._bitmap))
+            copies.append(other._copy())
         with graph.drained(node):
             for bits in copies:
                 self._tracking.change(self._bitmap, lambda mine, bits=bits: mine.merge(bits))  # type: ignore[misc]
@@ -202,6 +210,106 @@ class Bitmap:
         return f"<Bitmap {self.name!r}: {', '.join([*states, f'granularity {self.granularity}'])}>"
 
 
+class ExportedBitmap(Bitmap):
+    """A dirty bitmap that the NBD server of a disk keeps: it can be read, and merged into one of ours.
+
+    It is asked for anew at each use, because the server may change it; so `count` and `dirty_ranges` raise StorageError and
+    NbdError, too.  Everything that would change it raises ReadOnlyError.
+    """
+
+    __slots__ = ("_exported", "_name")
+
+    def __init__(self, disk: Disk, exported: ExportedBitmaps, name: str) -> None:
+        self._disk = disk
+        self._exported = exported
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def granularity(self) -> int:
+        """Bytes that the server tells apart: what one bit stands for, it does not say."""
+        return self._exported.granularity
+
+    @property
+    def persistent(self) -> bool:
+        return False
+
+    @property
+    def enabled(self) -> bool:
+        """False: whether writes are noted is the server's affair."""
+        return False
+
+    @property
+    def recording(self) -> bool:
+        return False
+
+    @property
+    def inconsistent(self) -> bool:
+        return False
+
+    @property
+    def busy(self) -> bool:
+        return False
+
+    @property
+    def count(self) -> int:
+        """Dirty bytes, as the server tells now."""
+        return sum(length for _offset, length in self._exported.ranges(self._name, 0, self._node().size))
+
+    def _table(self, offset: int, length: int) -> RangeTable:
+        import numpy as np
+
+        from blocklib.extents import RANGE_DTYPE
+
+        return np.array(list(self._exported.ranges(self._name, offset, length)), dtype=RANGE_DTYPE)
+
+    def _copy(self) -> DirtyBits:
+        """In the largest pieces that all ranges begin and end with."""
+        from blocklib.dirty_bits import DirtyBits
+
+        size = self._node().size
+        ranges = list(self._exported.ranges(self._name, 0, size))
+        edges = MAX_GRANULARITY
+        for start, length in ranges:
+            edges |= start | (start + length if start + length < size else 0)
+        bits = DirtyBits(size, max(edges & -edges, MIN_GRANULARITY))
+        for start, length in ranges:
+            bits.set_range(start, length)
+        return bits
+
+    def clear(self, *, transaction: DiskTransaction | None = None) -> None:
+        raise self._refusal()
+
+    def _switch(self, on: bool, transaction: DiskTransaction | None) -> None:
+        raise self._refusal()
+
+    def merge(self, *others: Bitmap) -> None:
+        raise self._refusal()
+
+    def remove(self) -> None:
+        raise self._refusal()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody here can change or remove it anyway."""
+        self._node()
+        yield
+
+    def begin_copy(self) -> DirtyBits:
+        raise self._refusal()
+
+    def _refusal(self) -> ReadOnlyError:
+        node = self._node()
+        text = f"{node.filename or node.name}: the bitmap {self._name!r} is the server's: merge it into one of your own"
+        return ReadOnlyError(text, node=node.name)
+
+    def __repr__(self) -> str:
+        return f"<Bitmap {self._name!r}: of the server>"
+
+
 class _Change:
     """What becomes of a bitmap at the instant of a transaction."""
 
@@ -225,7 +333,10 @@ class _Change:
 
 
 class Bitmaps:
-    """The bitmaps of a disk's top image, by name: ``[name]``, iteration over `Bitmap`, ``in``, ``len``."""
+    """The bitmaps of a disk's top image, by name: ``[name]``, iteration over `Bitmap`, ``in``, ``len``.
+
+    Where the disk is the export of an NBD server, those that the server gives out are among them (`ExportedBitmap`).
+    """
 
     __slots__ = ("_disk",)
 
@@ -250,6 +361,9 @@ class Bitmaps:
         Raises UsageError for a name that is taken or what cannot be stored, ReadOnlyError, UnsupportedFeatureError.
         """
         tracking = self._tracking()
+        exported = self._exported()
+        if exported is not None and name in exported.names():
+            raise UsageError(f"{self._disk.node.filename or self._disk.node.name}: the server has a bitmap {name!r}")
         with graph.drained(self._disk.node):  # a request that has begun would not be noted
             if persistent and self._disk.mode == "r":
                 name_of_node = self._disk.node.filename or self._disk.node.name
@@ -267,24 +381,37 @@ class Bitmaps:
 
     def __getitem__(self, name: str) -> Bitmap:
         """Raises NameNotFoundError."""
+        exported = self._exported()
+        if exported is not None and name in exported.names():
+            return ExportedBitmap(self._disk, exported, name)
         tracking = self._tracking()
         return Bitmap(self._disk, tracking, tracking.get(name))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._tracking().names()
+        return isinstance(name, str) and name in self._names()
 
     def __iter__(self) -> Iterator[Bitmap]:
-        tracking = self._tracking()
-        return iter([Bitmap(self._disk, tracking, bitmap) for bitmap in tracking.all()])
+        tracking, exported = self._tracking(), self._exported()
+        own = [Bitmap(self._disk, tracking, bitmap) for bitmap in tracking.all()]
+        theirs = exported.names() if exported is not None else ()
+        return iter([*own, *[ExportedBitmap(self._disk, exported, name) for name in theirs if exported is not None]])
 
     def __len__(self) -> int:
-        return len(self._tracking().names())
+        return len(self._names())
 
     def __reduce__(self) -> Any:
         raise TypeError("the bitmaps of a disk cannot be pickled: open the disk again in the worker")
 
     def __repr__(self) -> str:
-        return f"<Bitmaps {self._tracking().names()}>"
+        return f"<Bitmaps {self._names()}>"
+
+    def _names(self) -> list[str]:
+        exported = self._exported()
+        return [*self._tracking().names(), *(exported.names() if exported is not None else ())]
+
+    def _exported(self) -> ExportedBitmaps | None:
+        """Those that the server of the disk keeps, if it is an export."""
+        return skip_filters(self._disk.node).exported
 
     def _tracking(self) -> Tracking:
         node = self._disk.node

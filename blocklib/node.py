@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blocklib.graph import Claim, Edge
     from blocklib.reports import CheckReport, RepairReport, SnapshotInfo
     from blocklib.requests import RequestTracker
-    from blocklib.tracking import BitmapStore, Tracking
+    from blocklib.tracking import BitmapStore, ExportedBitmaps, Tracking
 
 DetectZeroes: TypeAlias = Literal["off", "on", "unmap"]
 Preallocation: TypeAlias = Literal["off", "metadata", "falloc", "full"]
@@ -221,6 +221,11 @@ class Node:
 
     def bitmap_store(self) -> BitmapStore | None:
         """Where dirty bitmaps outlive the node; None where the format stores none.  Raises ImageError."""
+        return None
+
+    @property
+    def exported(self) -> ExportedBitmaps | None:
+        """The dirty bitmaps that a server keeps of this node's bytes."""
         return None
 
     # -- permissions --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from blocklib.dirty_bits import DirtyBits, bytes_for
 from blocklib.errors import GraphConflictError, NameNotFoundError, UsageError
@@ -103,6 +103,21 @@ class BitmapStore(ABC):
     @abstractmethod
     def save(self, bitmaps: Sequence[DirtyBitmap]) -> None:
         """Make the file hold exactly these bitmaps, durably.  Those that are neither changed nor new keep their place."""
+
+
+class ExportedBitmaps(Protocol):
+    """The dirty bitmaps that a server keeps of an export, which can be read there and not be changed."""
+
+    granularity: int
+    """Bytes that the server tells apart."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def ranges(self, name: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the dirty ranges inside a range, in bytes: ascending, apart from each other.
+
+        Raises StorageError, NbdError.
+        """
 
 
 class Tracking:

@@ -14,6 +14,7 @@ from blocklib.node import RESIZE, Node, Preallocation, WriteRun
 if TYPE_CHECKING:
     from blocklib._fast.work import Work
     from blocklib.graph import Edge
+    from blocklib.tracking import ExportedBitmaps
 
 _SECTOR: Final = 512
 
@@ -106,6 +107,11 @@ class RawNode(Node):
 
     def hear(self, event: str) -> None:
         self._file.node.hear(event)
+
+    @property
+    def exported(self) -> ExportedBitmaps | None:
+        """Those of the file, where it begins where we do."""
+        return None if self.offset else self._file.node.exported
 
     def info_facts(self) -> Mapping[str, Any]:
         return self._file.node.info_facts()

@@ -16,6 +16,8 @@ from blocklib.nbd.engine import Event, Export, ExportList, Handshake, Listed, Re
 
 _MAX_REPLY = 1 << 16
 """Bytes of one reply to an option; the longest that the protocol knows has two strings of 4096."""
+_MOST_FOUND = 64
+"""Metadata contexts that are taken of what a server lists: each is told of in every block status from then on."""
 _INFOS = (wire.NBD_INFO_BLOCK_SIZE, wire.NBD_INFO_DESCRIPTION)
 
 
@@ -23,8 +25,9 @@ class ClientHandshake(Handshake):
     """Negotiates the transmission of one export, or with `listing` asks what there is.
 
     `tls`: "off" does without, "allow" takes it where the server has it, "require" goes no further without it.
-    `structured` and `extended` replies are asked for, and with them `contexts`, the names of metadata contexts; what the
-    server does not have is missing from the terms.  More than `max_replies` replies to one option end the session.
+    `structured` and `extended` replies are asked for, and with them `contexts`, the names of metadata contexts; one that ends
+    with a colon means all that the server lists with such a name, up to some number.  What it does not have is missing from the
+    terms.  More than `max_replies` replies to one option end the session.
     """
 
     def __init__(
@@ -136,8 +139,10 @@ class ClientHandshake(Handshake):
 
     def _select_contexts(self) -> Steps:
         """ID -> name of the metadata contexts that the server grants."""
-        wanted = self._wanted_contexts
-        if not wanted or not (self._structured or self._extended):
+        if not self._wanted_contexts or not (self._structured or self._extended):
+            return {}
+        wanted = yield from self._find_contexts()
+        if not wanted:
             return {}
         kind, _message, found = yield from self._ask(
             wire.NBD_OPT_SET_META_CONTEXT, wire.contexts_data(self._name, wanted)
@@ -150,6 +155,19 @@ class ClientHandshake(Handshake):
                 raise RemoteProtocolError(f"the metadata context {name!r} was selected unasked")
             contexts[number] = name
         return contexts if kind == wire.NBD_REP_ACK else {}
+
+    def _find_contexts(self) -> Steps:
+        """The names of the contexts to ask for."""
+        names = [name for name in self._wanted_contexts if not name.endswith(":")]
+        for prefix in self._wanted_contexts:
+            if prefix in names:
+                continue
+            data = wire.contexts_data(self._name, (prefix,))
+            kind, _message, found = yield from self._ask(wire.NBD_OPT_LIST_META_CONTEXT, data)
+            if kind == wire.NBD_REP_ACK:
+                listed = [name for _number, name in _contexts_of(found) if name.startswith(prefix)]
+                names += [name for name in dict.fromkeys(listed[:_MOST_FOUND]) if name not in names]
+        return names
 
     def _go(self, zeroes: int) -> Steps:
         contexts = yield from self._select_contexts()

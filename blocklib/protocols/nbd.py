@@ -11,7 +11,7 @@ import threading
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import add
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -70,8 +70,9 @@ class NbdNode(Node):
         self.no_flush = no_flush
         self._context = context
         hostname = uri.tls_hostname or uri.address.host or None
+        contexts = (context, wire.QEMU_DIRTY_BITMAP)
         self._client = Client(
-            uri.address, uri.export, name=str(uri), tls=tls, hostname=hostname, contexts=(context,), **client
+            uri.address, uri.export, name=str(uri), tls=tls, hostname=hostname, contexts=contexts, **client
         )
         self._flags = 0
         self._served = 0
@@ -256,6 +257,10 @@ class NbdNode(Node):
     def info_facts(self) -> Mapping[str, Any]:
         return {"dirty": None}  # nothing is known of what lies behind the server
 
+    @property
+    def exported(self) -> _ExportedBitmaps:
+        return _ExportedBitmaps(self._client, self._served, self.request_alignment)
+
     # -- where data and holes lie -------------------------------------------------------------------------------------
 
     def resolve(self, offset: int, length: int) -> Run:
@@ -304,6 +309,38 @@ _RUN_OF_STATE: Final = (
     (KIND_ZERO, FLAG_ZERO | FLAG_ALLOCATED | FLAG_OFFSET_VALID),
 )
 """By the two low bits of a status, NBD_STATE_HOLE and NBD_STATE_ZERO: (kind, flags)."""
+
+
+class _ExportedBitmaps:
+    """The dirty bitmaps of an export of `size` bytes, asked for anew each time: the server may change them."""
+
+    def __init__(self, client: Client, size: int, granularity: int) -> None:
+        self._client = client
+        self._size = size
+        self.granularity = granularity
+
+    def names(self) -> Sequence[str]:
+        prefix = wire.QEMU_DIRTY_BITMAP
+        contexts = self._client.terms.contexts.values()
+        return [name.removeprefix(prefix) for name in contexts if name.startswith(prefix)]
+
+    def ranges(self, name: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        end = min(offset + length, self._size)
+        position = offset - offset % self.granularity
+        stop = min(-(-end // self.granularity) * self.granularity, self._size)
+        begin: int | None = None
+        while position < stop:
+            lengths, states = self._client.block_status(position, stop - position, wire.QEMU_DIRTY_BITMAP + name)
+            for n, state in zip(lengths, states, strict=True):
+                if not state & wire.NBD_STATE_DIRTY:
+                    if begin is not None and position > offset:
+                        yield begin, min(position, end) - begin
+                    begin = None
+                elif begin is None:
+                    begin = max(position, offset)
+                position += n
+        if begin is not None and begin < end:
+            yield begin, end - begin
 
 
 class _Status(NamedTuple):

@@ -174,6 +174,43 @@ def context_reply(*names: tuple[int, str]) -> list[bytes]:
     return [GREETING, reply(wire.NBD_OPT_EXTENDED_HEADERS, ACK), found + reply(option, ACK)]
 
 
+def listed_reply(*names: str) -> bytes:
+    option = wire.NBD_OPT_LIST_META_CONTEXT
+    found = [reply(option, wire.NBD_REP_META_CONTEXT, wire.context_data(0, name)) for name in names]
+    return b"".join(found) + reply(option, ACK)
+
+
+def test_a_name_that_ends_with_a_colon_is_asked_for_and_what_it_finds_is_selected() -> None:
+    listed = listed_reply("qemu:dirty-bitmap:b", "qemu:dirty-bitmap:a", "other:c", "qemu:dirty-bitmap:b")
+    greeting, headers, selected = context_reply((0, "base:allocation"), (1, "qemu:dirty-bitmap:b"), (2, "qemu:dirty-bitmap:a"))
+    client = ClientHandshake("disk", contexts=("base:allocation", "qemu:dirty-bitmap:"))
+    ready = scripted(client, [greeting, headers, listed, selected, GO])
+    assert isinstance(ready, Ready)
+    assert list(ready.terms.contexts.values()) == ["base:allocation", "qemu:dirty-bitmap:b", "qemu:dirty-bitmap:a"]
+
+
+def test_a_server_that_lists_no_contexts_is_asked_for_the_others() -> None:
+    greeting, headers, selected = context_reply((0, "base:allocation"))
+    refused = reply(wire.NBD_OPT_LIST_META_CONTEXT, UNSUP)
+    ready = scripted(ClientHandshake("disk", contexts=("base:allocation", "x:")), [greeting, headers, refused, selected, GO])
+    assert isinstance(ready, Ready)
+    assert list(ready.terms.contexts.values()) == ["base:allocation"]
+    ready = scripted(ClientHandshake("disk", contexts=("x:",)), [greeting, headers, refused, GO])
+    assert isinstance(ready, Ready)
+    assert ready.terms.contexts == {}
+
+
+def test_a_server_that_lists_without_end_is_believed_up_to_some_number() -> None:
+    names = [f"x:{index}" for index in range(1000)]
+    greeting, headers, _selected = context_reply()
+    client = ClientHandshake("disk", contexts=("x:",))
+    client.data_to_send()
+    for data in (greeting, headers, listed_reply(*names)):
+        assert client.receive_data(data) == []
+        said = client.data_to_send()
+    assert said == wire.option(wire.NBD_OPT_SET_META_CONTEXT, wire.contexts_data("disk", names[:64]))
+
+
 def go_reply(*infos: bytes) -> list[bytes]:
     replies = b"".join(reply(wire.NBD_OPT_GO, wire.NBD_REP_INFO, info) for info in infos)
     return [GREETING, NO_EXTENDED, NO_STRUCTURED, replies + reply(wire.NBD_OPT_GO, ACK)]
