@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from blocklib.errors import OptionError, UnsupportedFeatureError, UsageError
-from blocklib.formats.qcow2 import data_file, key_slots, layout
+from blocklib.formats.qcow2 import data_file, header_change, key_slots, layout
 from blocklib.formats.qcow2.create import VERSIONS
 from blocklib.formats.qcow2.header import Header, feature_name_table
 from blocklib.formats.qcow2.settings import VERSION_3_OPTIONS
@@ -54,7 +54,7 @@ def check(node: Qcow2Node, options: Mapping[str, Any], *, force: bool = False) -
 
         node.writeback.finish()
         check_counts(node, width)
-    node.plan_header(_header_after(node.header, version, options))  # raises where it does not fit
+    header_change.plan(node, _header_after(node.header, version, options))  # raises where it does not fit
     return key_slots.plan(node, options, force=force)
 
 
@@ -77,7 +77,7 @@ def amend(
         _change_bits_and_names(node, options)
         if version < node.header.version:
             _downgrade(node, progress)
-        node.load()
+        header_change.reload(node)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -189,16 +189,6 @@ def _set_bits_and_names(header: Header, options: Mapping[str, Any]) -> None:
 # -- the changes -------------------------------------------------------------------------------------------------------
 
 
-def _write_header(node: Qcow2Node) -> None:
-    """One change of the header, durable on return.  That it fits is known from `check`."""
-    try:
-        node.rewrite_header()
-        node.writeback.barrier()
-    except BaseException:
-        node.poison("changing the header was interrupted")
-        raise
-
-
 def _upgrade(node: Qcow2Node) -> None:
     header = node.header
     replaced = None
@@ -215,7 +205,7 @@ def _upgrade(node: Qcow2Node) -> None:
         node.writeback.flush()
         header.snapshots_offset = first << geometry.cluster_bits
     _to_version_3(header)
-    _write_header(node)
+    header_change.switch(node)
     if replaced is not None:
         with node.lock:
             node.writeback.freed.append(replaced)
@@ -226,7 +216,7 @@ def _change_bits_and_names(node: Qcow2Node, options: Mapping[str, Any]) -> None:
     before = replace(node.header, extensions=list(node.header.extensions))
     _set_bits_and_names(node.header, options)
     if node.header != before:
-        _write_header(node)
+        header_change.switch(node)
 
 
 def _downgrade(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
@@ -236,7 +226,7 @@ def _downgrade(node: Qcow2Node, progress: Callable[[int, int], object]) -> None:
     expand_zero_clusters(node, progress)
     node.writeback.finish()
     _to_version_2(node.header)
-    _write_header(node)
+    header_change.switch(node)
 
 
 def change_backing(node: Qcow2Node, name: str | None, format: str | None) -> None:
@@ -245,11 +235,5 @@ def change_backing(node: Qcow2Node, name: str | None, format: str | None) -> Non
     header = node.header
     with node.writeback.structure:
         node.writeback.flush()
-        before = header.backing_name, header.backing_format
-        try:
-            header.backing_name, header.backing_format = name, format
-            node.rewrite_header()
-        except BaseException:
-            header.backing_name, header.backing_format = before
-            raise
-        node.writeback.barrier()
+        header.backing_name, header.backing_format = name, format
+        header_change.switch(node)

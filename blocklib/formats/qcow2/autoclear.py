@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blocklib.formats.qcow2 import data_file, layout
+from blocklib.formats.qcow2 import data_file, header_change, layout
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -26,5 +26,4 @@ def clear_what_is_not_kept_up(node: Qcow2Node) -> None:
     if lost:
         # As QEMU does.  Their clusters are leaked: nobody knows whether they are still theirs.
         header.set_extension(layout.EXTENSION_BITMAPS, None)
-    node.rewrite_header()
-    node.writeback.barrier()
+    header_change.switch(node)

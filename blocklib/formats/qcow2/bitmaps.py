@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from blocklib.dirty_bits import DirtyBits, zero_bits
 from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError, UsageError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import header_change, layout
 from blocklib.formats.qcow2.bitmap_directory import (
     BitmapsExtension,
     DirectoryEntry,
@@ -282,10 +282,11 @@ class StoredBitmaps(BitmapStore):
                 entries = {bitmap.name: self._stored_entry(bitmap, taken) for bitmap in bitmaps}
                 extension = self._write_directory(list(entries.values()), taken)
                 node.writeback.flush()
+                self._switch(extension)
             except BlocklibError:
-                self._give_back(taken)
+                if node.poisoned is None:
+                    self._give_back(taken)
                 raise
-            self._switch(extension)
             self._extension, self._entries = extension, entries
             with node.lock:
                 node.writeback.freed.extend(replaced)
@@ -370,12 +371,7 @@ class StoredBitmaps(BitmapStore):
             header.autoclear_features |= layout.AUTOCLEAR_BITMAPS
         else:
             header.autoclear_features &= ~layout.AUTOCLEAR_BITMAPS
-        try:
-            node.rewrite_header()
-            node.writeback.barrier()
-        except BaseException:
-            node.poison("storing the bitmaps was interrupted")
-            raise
+        header_change.switch(node)
 
     def _give_back(self, taken: list[tuple[int, int]]) -> None:
         """Nothing refers to these clusters."""

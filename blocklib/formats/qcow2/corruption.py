@@ -28,7 +28,7 @@ def change_features(node: Qcow2Node, *, add: int = 0, remove: int = 0) -> None:
         if header.version == layout.VERSION_2 or features == header.incompatible_features:
             return
         node.file.write(layout.FIELD_OFFSETS["incompatible_features"], (features.to_bytes(8, "big"),), "metadata")
-        header.incompatible_features = features
+        header.incompatible_features = node.stored_header.incompatible_features = features
         node.writeback.barrier()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blocklib.errors import BlocklibError, ImageCorruptError
 from blocklib.extents import KIND_BACKING, Run
-from blocklib.formats.qcow2 import autoclear, data_file, filling, layout, telling, writing
+from blocklib.formats.qcow2 import autoclear, data_file, filling, header_change, layout, telling, writing
 from blocklib.formats.qcow2.batch_node import BatchNode
 from blocklib.formats.qcow2.cache import MissingTableError
 from blocklib.formats.qcow2.cluster_writes import ClusterWritingNode
@@ -40,7 +40,6 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib._fast.extents import Rows
     from blocklib.formats.qcow2.encryption import Encryption, Locked
-    from blocklib.formats.qcow2.header_write import HeaderWrite
     from blocklib.graph import Edge
     from blocklib.reports import CheckReport, RepairReport
     from blocklib.tracking import BitmapStore
@@ -49,7 +48,10 @@ _T = TypeVar("_T")
 
 
 class Qcow2Node(BatchNode, ClusterWritingNode):
-    """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False."""
+    """A qcow2 image.  `header` and `geometry` are valid after `load`; the tables only if `metadata_only` is False.
+
+    `stored_header` is the header that the file has; `header` differs from it only while it is being changed.
+    """
 
     driver = "qcow2"
     supports_backing = True
@@ -124,6 +126,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         """
         file = self.file
         self.header = self._read_header()
+        self.stored_header = header_change.copy(self.header)
         self.geometry = self.header.geometry()
         self.size = self.header.size // layout.SIZE_UNIT * layout.SIZE_UNIT  # QEMU shows whole sectors
         self.zero_alignment = self.geometry.cluster_size
@@ -273,7 +276,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
                     self.writeback.finish()
 
     def abandon(self) -> None:
-        if not self.metadata_only and hasattr(self, "mapping"):
+        if not self.metadata_only and hasattr(self, "refcounts"):  # else loading failed before there was anything to forget
             self.mapping.cache.clear()
             self.refcounts.cache.clear()
 
@@ -495,7 +498,7 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
             )
         finally:
             if not dry_run:
-                self.load()  # tables that were read before may have changed
+                header_change.reload(self)  # tables that were read before may have changed
                 if self.bitmaps is not None:
                     self.bitmaps.read_again()
 
@@ -586,26 +589,6 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
     def check_usable(self) -> None:
         super().check_usable()
         refuse_corrupt(self)
-
-    def plan_header(self, header: Header) -> HeaderWrite:
-        """How `header` would replace the one in the file.  Raises UsageError where it does not fit."""
-        on_disk = bytearray(min(self.geometry.cluster_size, self.file.size))
-        self.file.read(0, memoryview(on_disk), "metadata")
-        from blocklib.formats.qcow2.header_write import plan_rewrite
-
-        return plan_rewrite(header, bytes(on_disk))
-
-    def rewrite_header(self) -> None:
-        """Bring `header` to the file, by one atomic write of its first sector where that can be."""
-        change = self.plan_header(self.header)
-        for host_offset, data in change.rest:
-            self.file.write(host_offset, (data,), "metadata")
-        if change.rest:
-            self.writeback.barrier()
-        self.file.write(0, (change.first,), "metadata")
-        self.header.extensions = change.header.extensions
-        self.header.backing_file_offset = change.header.backing_file_offset
-        self.header.backing_file_size = change.header.backing_file_size
 
     @property
     def punches_holes(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from blocklib.errors import ImageCorruptError, ImageLimitError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import header_change, layout
 from blocklib.formats.qcow2.check.counts import CountArray, pack_refcounts, unpack_refcounts
 from blocklib.formats.qcow2.sharing import refuse_shared_refcount_blocks
 
@@ -75,24 +75,20 @@ def change_width(node: Qcow2Node, width: int, progress: Callable[[int, int], obj
     try:
         _write(node, geometry, new, progress)
         node.writeback.barrier()
+        replaced = _structures(node)
+        header = node.header
+        header.refcount_order = geometry.refcount_order
+        header.refcount_table_offset = new.first << geometry.cluster_bits
+        header.refcount_table_clusters = new.table_clusters
+        header_change.switch(node)
     except BaseException:
-        node.retry(lambda: node.refcounts.release(new.first, new.n_clusters))
+        if node.poisoned is None:
+            node.retry(lambda: node.refcounts.release(new.first, new.n_clusters))
         raise
-    replaced = _structures(node)
-    header = node.header
-    header.refcount_order = geometry.refcount_order
-    header.refcount_table_offset = new.first << geometry.cluster_bits
-    header.refcount_table_clusters = new.table_clusters
-    try:
-        node.rewrite_header()
-        node.writeback.barrier()
-    except BaseException:
-        node.poison("changing the refcount width was interrupted")
-        raise
+    header_change.reload(node)
     if node.punches_others:
         for cluster in replaced:
             node.punch(cluster, 1)
-    node.load()
 
 
 def _block(node: Qcow2Node, index: int) -> CountArray:

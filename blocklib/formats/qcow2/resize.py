@@ -7,7 +7,7 @@ from array import array
 from typing import TYPE_CHECKING, Final
 
 from blocklib.errors import ImageLimitError, UnsupportedFeatureError, UsageError
-from blocklib.formats.qcow2 import data_file, layout
+from blocklib.formats.qcow2 import data_file, header_change, layout
 from blocklib.formats.qcow2.tables import Table, table_to_bytes
 from blocklib.formats.qcow2.zeroing import forget_range, zero_range
 
@@ -121,15 +121,19 @@ def lengthen_l1(node: Qcow2Node, entries: int, *, used: bool = False) -> None:
                 _rewrite_header(node)
             return
         new_l1, new_offset = _write_longer_l1(node, entries)
-        replaced = node.refcounts.l1_clusters
-        mapping.l1, mapping.l1_offset = new_l1, new_offset
-        clusters = geometry.l1_clusters_for(len(new_l1))
-        node.refcounts.l1_clusters = new_offset >> geometry.cluster_bits, clusters
+        clusters = new_offset >> geometry.cluster_bits, geometry.l1_clusters_for(len(new_l1))
         node.header.l1_table_offset = new_offset
         if used:
             node.header.l1_size = max(node.header.l1_size, entries)
-        _rewrite_header(node)
+        try:
+            _rewrite_header(node)
+        except BaseException:
+            if node.poisoned is None:
+                node.retry(lambda: node.refcounts.release(*clusters))
+            raise
         with node.lock:
+            replaced, node.refcounts.l1_clusters = node.refcounts.l1_clusters, clusters
+            mapping.l1, mapping.l1_offset = new_l1, new_offset
             node.writeback.freed.append(replaced)
 
 
@@ -155,12 +159,7 @@ def _rewrite_header(node: Qcow2Node) -> None:
     header.size = node.size
     # The table in memory fills its clusters; the one in the file is said to end with the disk.
     header.l1_size = max(header.l1_size, node.geometry.l1_entries_for(node.size))
-    try:
-        node.rewrite_header()
-        node.writeback.barrier()
-    except BaseException:
-        node.poison("changing the size of the disk was interrupted")
-        raise
+    header_change.switch(node)
 
 
 def _shrink(node: Qcow2Node, size: int) -> None:
@@ -170,8 +169,12 @@ def _shrink(node: Qcow2Node, size: int) -> None:
         # To the end of the table: a VM state has its place behind the disk, and moves with its end.
         forget_range(node, keep, (len(node.mapping.l1) << geometry.l1_shift) - keep)
         node.writeback.flush()
-        node.size = size
-        _rewrite_header(node)
+        old_size, node.size = node.size, size
+        try:
+            _rewrite_header(node)
+        except BaseException:
+            node.size = old_size
+            raise
     if data_file.is_external(node.header) and not node.data.node.is_device:
         node.data.truncate(size)
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from blocklib.errors import BlocklibError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import header_change, layout
 from blocklib.formats.qcow2.cache import DirtyRange
 from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, REFCOUNT_BLOCK, REFCOUNT_TABLE
@@ -291,7 +291,7 @@ class WriteBack:
             file.node.hear("refblock_alloc_switch_table")
             node.header.refcount_table_offset = batch.table_offset
             node.header.refcount_table_clusters = len(batch.moved_table) >> node.geometry.cluster_bits
-            node.rewrite_header()
+            header_change.rewrite(node)
             self.barrier()
         elif batch.table_entries:
             for index, entry in batch.table_entries:

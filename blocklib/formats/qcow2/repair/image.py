@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from blocklib.errors import ImageCorruptError, StalePlanError
-from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2 import header_change, layout
 from blocklib.formats.qcow2.check.image import MAX_FINDINGS, report_of, scan_image
 from blocklib.records import replace
 from blocklib.reports import RepairReport, RepairStep
@@ -82,7 +82,7 @@ def repair_image(
 def repair_after_crash(node: Qcow2Node) -> None:
     """Repair an image that was not closed properly, and load it anew.  Raises ImageCorruptError where that does not do."""
     repair_image(node.file, node.header, node.geometry, "all", filename=node.filename or node.name)
-    node.load()
+    header_change.reload(node)
     if node.header.incompatible_features & layout.INCOMPATIBLE_DIRTY:
         raise ImageCorruptError(
             f"{node.filename}: the image was not closed properly and could not be repaired",
