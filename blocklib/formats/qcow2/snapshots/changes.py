@@ -2,8 +2,9 @@
 
 The caller has drained the image.  One atomic write of the header switches from one state to the next.  What the new state
 needs is durable and counted before it; what the old one alone needed is given back after it.  In between counts are too
-high and copied flags may be wrong: a version 3 image carries the dirty bit as long.  (In version 2, where there is none, a
-flag that a crash leaves wrong costs a copy or nothing; no order of these writes loses data.)
+high and copied flags may be wrong: a version 3 image carries the dirty bit as long.  In version 2, where there is none,
+flags are cleared before counts rise and set after counts have fallen: one that a crash leaves wrong is missing, which costs a
+copy.  A change that fails for another reason than a barrier is mended as one that a crash has cut short.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from blocklib.errors import ImageCorruptError, ImageLimitError, UnsupportedFeatureError
-from blocklib.formats.qcow2 import layout
+from blocklib.errors import BlocklibError, ImageCorruptError, ImageLimitError, UnsupportedFeatureError
+from blocklib.formats.qcow2 import header_change, layout
 from blocklib.formats.qcow2.corruption import change_features
 from blocklib.formats.qcow2.overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L2, REFCOUNT_BLOCK
 from blocklib.formats.qcow2.sharing import refuse_shared_l2_tables
@@ -68,9 +69,11 @@ def create(
         entry = entry._replace(l1_offset=change.place(table_to_bytes(copy)))
         change.place_table([*node.snapshots, entry])
         change.begin()
-        change.write(tally.block_writes())
+        blocks = list(tally.block_writes())  # first: flags are what the new counts make of them
         change.write(tally.flag_writes(l1))
         change.write([(node.header.l1_table_offset, table_to_bytes(tally.flagged_l1(l1)))])
+        change.settle()
+        change.write(blocks)
         change.switch(still_dirty=False)
     return entry
 
@@ -99,8 +102,11 @@ def apply(node: Qcow2Node, index: int, begin: Callable[[], None] | None = None) 
         clear = array("Q", [item & ~layout.FLAG_COPIED for item in new_l1])
         offset = change.place(table_to_bytes(clear))
         # Counts that are too high leak, no more: the dirty bit can wait for the switch.
-        change.write(gained.block_writes())
+        change.start()
+        blocks = list(gained.block_writes())
         change.write(gained.flag_writes(new_l1))
+        change.settle()
+        change.write(blocks)
         header = node.header
         header.l1_table_offset, header.l1_size = offset, len(new_l1)
         if entry.disk_size is not None:
@@ -128,6 +134,7 @@ def delete(node: Qcow2Node, index: int) -> None:
         change.place_table([*node.snapshots[:index], *node.snapshots[index + 1 :]])
         change.switch(still_dirty=True)
         change.write(tally.block_writes())
+        change.settle()
         change.write(tally.flag_writes(active))
         change.write([(node.header.l1_table_offset, table_to_bytes(tally.flagged_l1(active)))])
         change.finish(tally)
@@ -186,8 +193,8 @@ def _changing(node: Qcow2Node) -> Iterator[_Change]:
         change = _Change(node)
         try:
             yield change
-        except BaseException:
-            change.undo()
+        except BaseException as error:
+            change.undo(error)
             raise
         change.free_old_table()
 
@@ -201,6 +208,7 @@ class _Change:
         self._snapshots = node.snapshots
         self._started = False
         """Something is written that the state before does not know of."""
+        self._finished = False
         self._was_dirty = bool(node.header.incompatible_features & layout.INCOMPATIBLE_DIRTY)
         self._old_table = node.header.snapshots_offset, sum(entry.length for entry in node.snapshots)
 
@@ -236,7 +244,7 @@ class _Change:
         node.file.write(offset, (data, bytes((n << geometry.cluster_bits) - len(data))), "metadata")
         return offset
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """What was placed is durable and counted before anything else is written."""
         if not self._started:
             self._node.writeback.flush()
@@ -252,23 +260,27 @@ class _Change:
 
     def begin(self) -> None:
         """Say on disk that counts and flags cannot be relied on from now on."""
-        self._start()
+        self.start()
         change_features(self._node, add=layout.INCOMPATIBLE_DIRTY)
 
     def write(self, writes: Iterable[Write]) -> None:
         """Write what the order of the change allows now; durable with the next switch."""
-        self._start()
+        self.start()
         for offset, data in writes:
             self._node.file.write(offset, (data,), "metadata")
+
+    def settle(self) -> None:
+        """What was written is durable before what comes, in version 2, where nothing says that flags and counts differ."""
+        if self._node.header.version == layout.VERSION_2:
+            self._node.writeback.barrier()
 
     def switch(self, *, still_dirty: bool) -> None:
         """Make the new state the image's, in one step."""
         node = self._node
-        self._start()
+        self.start()
         node.writeback.barrier()
         self._set_dirty(still_dirty)
-        node.rewrite_header()
-        node.writeback.barrier()
+        header_change.switch(node)
         self._reload()
 
     def finish(self, tally: Tally) -> None:
@@ -276,9 +288,9 @@ class _Change:
         node = self._node
         node.writeback.barrier()
         self._set_dirty(False)
-        node.rewrite_header()
-        node.writeback.barrier()
+        header_change.switch(node)
         self._reload()
+        self._finished = True
         runs = tally.freed
         if runs:
             with node.lock:
@@ -319,12 +331,29 @@ class _Change:
             with node.lock:
                 node.writeback.freed.append((offset >> geometry.cluster_bits, geometry.clusters_for(length)))
 
-    def undo(self) -> None:
+    def undo(self, error: BaseException) -> None:
         node = self._node
+        if self._finished:  # all that is missing is space that the host could have back
+            return
         if self._started:
-            # What of it is on disk is valid, but the tables in memory may say something else.
-            node.poison("a change of the snapshots was interrupted")
+            if node.poisoned is None and not (isinstance(error, BlocklibError) and self._mend(error)):
+                node.poison("a change of the snapshots was interrupted")
             return
         node.header.nb_snapshots, node.header.snapshots_offset = len(node.snapshots), self._old_table[0]
         for first, n in self._placed:
             node.retry(lambda first=first, n=n: node.refcounts.release(first, n))  # type: ignore[misc]
+
+    def _mend(self, error: BlocklibError) -> bool:
+        """Do what opening the image would do after a crash; whether it is sound, as before the change or as after it."""
+        from blocklib.formats.qcow2.repair.image import repair_after_crash
+
+        node = self._node
+        try:
+            header_change.reload(node)
+            repair_after_crash(node)
+            if node.bitmaps is not None:
+                node.bitmaps.read_again()
+        except BlocklibError as failure:
+            error.add_note(f"and the image could not be mended: {failure}")
+            return False
+        return True
