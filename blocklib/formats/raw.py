@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from blocklib.buffers import zeroes
-from blocklib.errors import OptionError, ReadOnlyError, UsageError
+from blocklib.errors import OptionError, ReadOnlyError, StorageError, UsageError
 from blocklib.extents import FLAG_OFFSET_VALID, FLAG_RAW, KIND_DATA, Run
 from blocklib.node import RESIZE, Node, Preallocation, WriteRun
 
@@ -113,6 +113,15 @@ class RawNode(Node):
         """Those of the file, where it begins where we do."""
         return None if self.offset else self._file.node.exported
 
+    def flush(self) -> None:
+        """Raises StorageError; once it has, the node is poisoned: nobody knows what of the writes before it is durable."""
+        self.check_usable()
+        try:
+            super().flush()
+        except StorageError:
+            self.poison("a flush failed, and what was written before it may be lost")
+            raise
+
     def info_facts(self) -> Mapping[str, Any]:
         return self._file.node.info_facts()
 
@@ -135,9 +144,11 @@ class RawNode(Node):
             self.size = max(self.size, -(-end // _SECTOR) * _SECTOR)
 
     def place_batch(self, work: Work) -> bool:
-        return not self.guessed and self.find_batch(work)
+        return not self.guessed and self.poisoned is None and self.find_batch(work)
 
     def prepare_write(self, offset: int, length: int) -> WriteRun:
+        if self.poisoned is not None:
+            self.check_usable()
         if self.guessed and offset < _SECTOR:
             return None, self.offset + offset, min(length, _SECTOR - offset), None
         return self._file, self.offset + offset, length, None

@@ -385,3 +385,31 @@ def test_permissions_can_be_taken_and_kept(path: Path) -> None:
 def test_each_event_can_be_named(path: Path) -> None:
     for event in EVENTS:
         below(path, [{"event": event, "sector": 1 << 40}], "r").close()
+
+
+# What others do with it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_opening_says_what_has_failed(path: Path, number: int) -> None:
+    for skip in (number, number + 1):
+        try:
+            below(path, [{"event": "none", "skip": skip, "errno": errno.ENODEV}], "r").close()
+        except StorageError as exc:
+            assert exc.errno == errno.ENODEV  # noqa: PT017 - the last of these numbers is behind the last request
+
+
+def test_no_flush_of_a_raw_disk_pretends_anything_after_one_has_failed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    rule: dict[str, Any] = {"event": "flush_to_disk", "once": True}
+    file: dict[str, Any] = {"driver": "blkdebug", "image": str(path), "inject-error": [rule]}
+    disk = blocklib.open({"driver": "raw", "file": file}, "r+")
+    disk.write(0, b"x")
+    with pytest.raises(StorageError):
+        disk.flush()
+    for request in (disk.flush, lambda: disk.write(0, b"y"), disk.close):
+        with pytest.raises(blocklib.PoisonedError):
+            request()
+    with blocklib.open(path, format="raw") as again:
+        assert again.read(0, 1) == b"x"
