@@ -84,6 +84,11 @@ class BlkdebugNode(PassingFilter):
         """The number of the state that rules and events have brought about; 1 at the beginning."""
         return self._rules.state
 
+    @property
+    def matched(self) -> tuple[int, ...]:
+        """How many requests, so far, each rule was right for, whether it acted on them or not."""
+        return self._rules.matched
+
     # -- waiting ------------------------------------------------------------------------------------------------------
 
     def break_at(self, event: str, tag: str) -> None:

@@ -62,6 +62,10 @@ class Rules:
         self._local = threading.local()
         self.state = 1
 
+    @property
+    def matched(self) -> tuple[int, ...]:
+        return tuple(rule.matched for rule in self._faults)
+
     def happen(self, event: str) -> list[Rule]:
         """What `event` changes; the rules that act at once.  The others wait for the next request of this thread."""
         with self._lock:
