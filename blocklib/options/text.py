@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from blocklib.crypto.secrets import Secret
     from blocklib.disk import Disk
+    from blocklib.throttling import ThrottleGroup
 
 OptionValue: TypeAlias = (
-    "str | int | bool | os.PathLike[str] | Disk | Secret | SSLContext | Mapping[str, OptionValue] | Sequence[OptionValue]"
-    " | None"
+    "str | int | bool | os.PathLike[str] | Disk | Secret | SSLContext | ThrottleGroup | Mapping[str, OptionValue]"
+    " | Sequence[OptionValue] | None"
 )
 """What an option may be given as."""
 
