@@ -636,6 +636,8 @@ class Filter(Node):
     """Passes its one child ("file") through unchanged.  What a filter does not declare is refused, never forwarded."""
 
     is_filter = True
+    watches: ClassVar[bool] = False
+    """It must hear of every change: one that is no request, such as a snapshot that is applied, is refused below it."""
     holds_requests: ClassVar[bool] = False
     """Requests may wait in this node for longer than they take; `hurry` lets them go."""
 

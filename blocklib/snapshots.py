@@ -9,7 +9,8 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from blocklib import graph
-from blocklib.errors import NameNotFoundError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.errors import GraphConflictError, NameNotFoundError, OutOfRangeError, ReadOnlyError, UsageError
+from blocklib.node import Filter
 
 if TYPE_CHECKING:
     from blocklib.disk import Disk
@@ -65,9 +66,11 @@ class InternalSnapshot:
     def apply(self) -> None:
         """Bring the disk back to this state, size included; durable on return.  What it holds now is lost.
 
-        Raises ReadOnlyError, NameNotFoundError where it was deleted, ImageError with the image unchanged.
+        Raises ReadOnlyError, NameNotFoundError where it was deleted, ImageError with the image unchanged; GraphConflictError
+        while a job, or a filter such as copy-before-write, follows what is written to the disk.
         """
         with _changeable(self._disk) as node:
+            _refuse_what_nobody_would_hear_of(node)
             node.apply_snapshot(self.id, self.name)
 
     def delete(self) -> None:
@@ -160,6 +163,24 @@ class Snapshots:
 def _check_range(offset: int, length: int) -> None:
     if offset < 0 or length < 0:
         raise OutOfRangeError(f"{length} bytes at {offset} of a VM state")
+
+
+def _refuse_what_nobody_would_hear_of(node: Node) -> None:
+    """Raises GraphConflictError where a job or a filter has to know of every change of the image, which this is not told."""
+    other = node.claim.job if node.claim is not None else None
+    todo = [node]
+    while todo and other is None:
+        for edge in todo.pop().parents:
+            above = edge.parent
+            if isinstance(above, Filter):
+                other = above.driver if above.watches else other
+                todo.append(above)
+    if other is not None:
+        raise GraphConflictError(
+            f"{node.filename or node.name}: {other} follows what is written to the image; to apply a snapshot would go past it",
+            other=other,
+            node=node.name,
+        )
 
 
 @contextmanager

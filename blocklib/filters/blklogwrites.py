@@ -29,6 +29,7 @@ class BlkLogWritesNode(PassingFilter):
 
     driver = "blklogwrites"
     sees_writes: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
     written_children: ClassVar[frozenset[str]] = frozenset({"log"})
 
     def __init__(

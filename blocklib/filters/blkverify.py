@@ -27,6 +27,7 @@ class BlkverifyNode(PassingFilter):
     main_option: ClassVar[str] = "raw"
     sees_reads: ClassVar[bool] = True
     sees_writes: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
 
     @property
     def test(self) -> Edge:

@@ -31,6 +31,7 @@ class CopyBeforeWriteNode(PassingFilter):
 
     driver = "copy-before-write"
     sees_writes: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
     takes_packed: ClassVar[bool] = True
 
     state: CopyState

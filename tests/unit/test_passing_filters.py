@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import blocklib
-from blocklib import KiB, MiB, StorageError, ThrottleGroup, jobs, nbd
+from blocklib import GraphConflictError, KiB, MiB, StorageError, ThrottleGroup, jobs, nbd
 from tests.counting import counting
 
 SIZE = 4 * MiB
@@ -87,3 +88,34 @@ def test_space_is_given_back_below_a_filter_only_where_the_disk_allows_it(path: 
         disk.write_zeroes(0, 64 * KiB, unmap=True)
         first = next(disk.extents())
         assert (first.zero, first.host_offset is not None) == (True, True)
+
+
+def test_no_snapshot_is_applied_past_who_follows_the_disk(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.raw"
+    blocklib.create(other, SIZE, format="raw")
+    with blocklib.open(path, "r+", format="qcow2", references="allow") as disk:
+        snapshot = disk.snapshots.create("old")
+        for driver, options in (
+            ("copy-before-write", {"target": {"driver": "file", "filename": str(other)}}),
+            ("blkverify", {"test": {"driver": "file", "filename": str(other)}}),
+            ("blklogwrites", {"log": {"driver": "file", "filename": str(other)}}),
+        ):
+            inserted = disk.insert_filter(driver, options)
+            throttle = disk.insert_filter("throttle", {"throttle-group": ThrottleGroup()})
+            with pytest.raises(GraphConflictError, match=driver):
+                snapshot.apply()
+            inserted.remove()
+            snapshot.apply()
+            throttle.remove()
+        starts: list[Callable[[], jobs.Job[Any]]] = [
+            lambda: jobs.mirror(disk, tmp_path / "copy.qcow2", format="qcow2"),
+            lambda: jobs.backup(disk, tmp_path / "copy.qcow2", format="qcow2", sync="none"),
+        ]
+        for start in starts:
+            with start() as job:
+                job.wait(until="ready", timeout=60)
+                with pytest.raises(GraphConflictError, match=r"mirror|backup"):
+                    snapshot.apply()
+                disk.snapshots.create("meanwhile").delete()
+                job.cancel(force=True)
+        snapshot.apply()
