@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.kernels import RUNS, running
 from tests.programs import PACKAGES, Program, find_program
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
@@ -79,6 +81,18 @@ def nbdcopy() -> Program:
 def nbdkit() -> Program:
     """The real nbdkit."""
     return _program("nbdkit")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels", choices=RUNS, default="compiled", help="how kernels run in the process of the tests: see tests/kernels.py"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with running(request.config.getoption("--kernels")):
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

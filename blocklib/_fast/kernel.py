@@ -36,6 +36,14 @@ tell: Callable[[str], None] = _log
 """What a user must know of kernels, one line: that they are compiled now, or why they are not used."""
 
 
+def is_off() -> bool:
+    """Whether numba is told not to compile: then what it has compiled before is not run either, and definitions do the work.
+
+    The switch is numba's own, ``NUMBA_DISABLE_JIT=1``; but numba is not loaded where the object code is kept.
+    """
+    return os.environ.get("NUMBA_DISABLE_JIT", "").strip().lstrip("0").isdigit()
+
+
 class U64(int):
     """An unsigned constant of a kernel, and the cast to one."""
 
@@ -190,6 +198,8 @@ class Family:
         from blocklib._fast import compiler
         from blocklib._fast.store import Store
 
+        if is_off():
+            return {}
         sources = self._sources()
         try:
             codes = self._stored()

@@ -345,9 +345,8 @@ class Written:
         self.disk.info()
 
     def create_snapshot(self) -> None:
-        name = f"s{self._source.byte() % 4}"
-        self.disk.snapshots.create(name)
-        self._kept[name] = None if self.content is None else bytearray(self.content)
+        snapshot = self.disk.snapshots.create(f"s{self._source.byte() % 4}")
+        self._kept[snapshot.id] = None if self.content is None else bytearray(self.content)
 
     def _snapshot(self) -> Any:
         found = list(self.disk.snapshots)
@@ -356,7 +355,7 @@ class Written:
     def apply_snapshot(self) -> None:
         if (snapshot := self._snapshot()) is None:
             return
-        kept = self._kept.get(snapshot.name)
+        kept = self._kept.get(snapshot.id)
         snapshot.apply()
         if self.content is None:
             return
@@ -368,7 +367,7 @@ class Written:
 
     def delete_snapshot(self) -> None:
         if (snapshot := self._snapshot()) is not None:
-            self._kept.pop(snapshot.name, None)
+            self._kept.pop(snapshot.id, None)
             snapshot.delete()
 
     def vm_state(self) -> None:

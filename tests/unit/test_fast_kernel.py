@@ -191,3 +191,17 @@ def test_every_family_is_compiled_ahead_and_then_loads_without_numba() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("value", "runs"), [("1", False), ("01", False), ("0", True), ("", True), ("no", True)])
+def test_numbas_switch_turns_off_kernels_that_were_compiled_before(
+    value: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm()
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", value)
+    family = Family("blocklib._fast.buffers")
+    one = family.kernel("i64(u64*, i64, i64, i64*)")(lambda words, blocks, words_per_block, out: 0)
+    monkeypatch.setattr(family, "_stored", lambda: {"_": b""})
+    monkeypatch.setattr(compiler, "link", lambda codes, sources: {one.name: lambda *_arguments: 0})
+    assert bool(family.load()) is runs
+    assert (one.worth(1 << 60) is not None) is runs
