@@ -270,6 +270,8 @@ def _make_zero(node: Node, offset: int, length: int, unmap: bool, fallback: bool
         end = offset + length
         first = -(-offset // unit) * unit
         last = end if end == node.size else end // unit * unit
+        if node.is_filter and not fallback:
+            _refuse_bytes_below(node, offset, length)
         if first >= last or not node.zeroes_by_metadata:
             _zero_bytes(node, offset, length, fallback)
             return
@@ -280,6 +282,24 @@ def _make_zero(node: Node, offset: int, length: int, unmap: bool, fallback: bool
     finally:
         if tracker is not None:
             tracker.leave()
+
+
+def _refuse_bytes_below(node: Node, offset: int, length: int) -> None:
+    """Raises StorageError (ENOTSUP) where the image below a filter would be sent zeroes as bytes."""
+    while node.is_filter:
+        node = node.children["file"].node
+    end = offset + length
+    if not node.zeroes_by_metadata or offset % node.zero_alignment or (end % node.zero_alignment and end != node.size):
+        raise _not_by_metadata(node, offset, length)
+
+
+def _not_by_metadata(node: Node, offset: int, length: int) -> StorageError:
+    return StorageError(
+        f"{node.filename or node.name}: {length} bytes at {offset} cannot be made zero by metadata alone",
+        errno=errno.ENOTSUP,
+        operation="write zeroes",
+        node=node.name,
+    )
 
 
 def _zero_bytes(node: Node, offset: int, length: int, fallback: bool) -> None:
@@ -293,12 +313,7 @@ def _zero_bytes(node: Node, offset: int, length: int, fallback: bool) -> None:
             n -= n % part
         if not node.zero_part(offset, n):
             if not fallback:
-                raise StorageError(
-                    f"{node.filename or node.name}: {n} bytes at {offset} cannot be made zero by metadata alone",
-                    errno=errno.ENOTSUP,
-                    operation="write zeroes",
-                    node=node.name,
-                )
+                raise _not_by_metadata(node, offset, n)
             _write_zero_bytes(node, offset, n)
         offset += n
         length -= n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,21 @@ def test_no_snapshot_is_applied_past_who_follows_the_disk(path: Path, tmp_path: 
                 disk.snapshots.create("meanwhile").delete()
                 job.cancel(force=True)
         snapshot.apply()
+
+
+def test_zeroes_that_must_be_fast_are_refused_below_a_filter_as_without_it(path: Path, tmp_path: Path) -> None:
+    with blocklib.open(path, "r+") as disk:
+        disk.write(0, b"x" * MiB)
+    old = tmp_path / "old.qcow2"  # a format that cannot say zero over a backing file
+    blocklib.create(old, format="qcow2", backing=path, backing_format="qcow2", options={"compat": "0.10"})
+    for image, offset, can in ((path, 64 * KiB, True), (path, 100, False), (old, 64 * KiB, False)):
+        with blocklib.open(image, "r+", format="qcow2", references="allow") as disk:
+            for driver in (None, "throttle"):
+                if driver is not None:
+                    disk.insert_filter(driver, {"throttle-group": ThrottleGroup()})
+                if can:
+                    disk.write_zeroes(offset, 64 * KiB, fallback=False)
+                    continue
+                with pytest.raises(StorageError) as caught:
+                    disk.write_zeroes(offset, 64 * KiB, fallback=False)
+                assert caught.value.errno == errno.ENOTSUP
