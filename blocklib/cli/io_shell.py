@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 READ_ONLY = Option(("-r", "--read-only"), None, "open for reading only")
 SNAPSHOT = Option(("-s", "--snapshot"), None, "keep what is written in a temporary overlay, which is lost at the end")
 NO_CACHE = Option(("-n", "--nocache"), None, "bypass the host's page cache: short for -t none")
-COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from below into the image (not supported)")
+COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from below into the image")
 NATIVE_AIO = Option(("-k", "--native-aio"), None, "short for -i native")
 AIO = Option(("-i", "--aio"), "MODE", "how requests made together are kept in flight: threads (default), native, io_uring")
 CACHE = Option(("-t", "--cache"), "MODE", "none, writeback (default), writethrough, directsync or unsafe")
@@ -55,12 +55,11 @@ class Opening(NamedTuple):
     force_share: bool
     snapshot: bool
     aio: str
+    copy_on_read: bool = False
 
 
 def opening_of(given: Given, target: Target, image_format: str | None, options: Mapping[str, OptionValue]) -> Opening:
     """`target` opened as the flags in `given` say.  Raises Failure for values that there are not."""
-    if given.has("-C"):
-        raise Failure("-C: copy-on-read is not supported")
     aio = "native" if given.has("-k") else given.last("-i") or "threads"
     if aio not in _AIO_MODES:
         raise Failure(f"-i {aio}: no such mode; there are {', '.join(_AIO_MODES)}")
@@ -79,6 +78,7 @@ def opening_of(given: Given, target: Target, image_format: str | None, options: 
         force_share=given.has("-U"),
         snapshot=given.has("-s"),
         aio=aio,
+        copy_on_read=given.has("-C"),
     )
 
 
@@ -169,6 +169,12 @@ class Shell:
             raise Failure("a file is open already ('close' closes it)")
         self.disk = self._with_overlay(opening) if opening.snapshot else self._open(opening, write=opening.write)
         self.opening = opening
+        if opening.copy_on_read:
+            try:
+                self.disk.insert_filter("copy-on-read", {})
+            except BlocklibError:
+                self.close()
+                raise
 
     def _open(self, opening: Opening, *, write: bool) -> Disk:
         from blocklib.opening import open_disk

@@ -74,7 +74,7 @@ def test_what_is_not_supported_is_refused_by_name(line: str, our_io: OurIo) -> N
     assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["-C"], ["-T", "enable=*"], ["--trace=x"]])
+@pytest.mark.parametrize("arguments", [["-T", "enable=*"], ["--trace=x"]])
 def test_options_that_are_not_supported_end_the_program(arguments: list[str], raw: Path, our_io: OurIo) -> None:
     done = our_io(*arguments, "-f", "raw", raw, "-c", "length")
     assert (done.code, done.out) == (1, "")

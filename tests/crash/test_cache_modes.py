@@ -33,7 +33,7 @@ class Machine:
     def open(self, cache: Any) -> Disk:
         file = {"driver": "file", "filename": str(self.image)}
         log: dict[str, Any] = {"driver": "file", "filename": str(self.log), "cache": {"direct": False}}
-        below = {"driver": "blklogwrites", "file": file, "log": log}
+        below: dict[str, Any] = {"driver": "blklogwrites", "file": file, "log": log}
         return blocklib.open({"driver": "qcow2", "file": below}, "r+", cache=cache, references="allow")
 
     def after_the_end_of_the_program(self) -> bytes:

@@ -137,3 +137,21 @@ def test_map_of_a_verified_disk_is_that_of_the_same_child(
     capsys.readouterr()
     assert main(["map", "--output=json", "--image-opts", f"driver=blkverify,{both}"]) == 0
     assert json.loads(capsys.readouterr().out) == theirs
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_copy_on_read_of_the_command_line_fills_the_same_clusters(
+    pair: _Pair, snapshot: bool, qemu_img: Program, qemu_io: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.create("base.qcow2", "1M")
+    pair.write("base.qcow2", "write -P 3 0 200k", "write -P 4 600k 100k")
+    words = ["-C", *(["-s"] if snapshot else []), *_commands("read -P 3 70000 100", "read -P 4 610k 64k"), "top.qcow2"]
+    for name in ("theirs", "ours"):
+        qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / name / "top.qcow2")
+    qemu_io(*words, cwd=tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path / "ours")
+    assert main(words, program="qemu-io") == 0
+    theirs, ours = pair.maps("top.qcow2")
+    assert ours == theirs
+    assert pair.are_clean("top.qcow2")
+    assert main(["-C", "-r", "-c", "length", "top.qcow2"], program="qemu-io") == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blocklib
 from blocklib import MiB, ThrottleGroup, jobs
+from blocklib.insertion import InsertedFilter
 from tests.writers import is_clean, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -25,6 +27,7 @@ class _Changes:
         self._rng = rng
         self._made = 0
         self._group = ThrottleGroup({"iops-total": 20000})
+        self._filters: list[InsertedFilter] = []
 
     def _path(self) -> Path:
         self._made += 1
@@ -46,6 +49,8 @@ class _Changes:
                 self._mirror_cancelled,
                 self._backup,
                 self._filter,
+                self._filter,
+                self._remove_filter,
                 self._snapshot,
             ]
         )()
@@ -99,8 +104,21 @@ class _Changes:
         jobs.backup(self._disk, self._path(), format="qcow2").wait(timeout=60)
 
     def _filter(self) -> None:
-        driver, options = self._rng.choice([("throttle", {"throttle-group": self._group}), ("copy-on-read", {})])
-        self._disk.insert_filter(driver, options).remove()
+        target = {"driver": "memory", "size": SIZE}
+        kinds: list[tuple[str, dict[str, Any]]] = [
+            ("throttle", {"throttle-group": self._group}),
+            ("copy-on-read", {}),
+            ("compress", {}),
+            ("copy-before-write", {"target": target}),
+        ]
+        driver, options = self._rng.choice(kinds)
+        self._filters.append(self._disk.insert_filter(driver, options))
+        if len(self._filters) > 2 or self._rng.random() < 0.3:
+            self._remove_filter()
+
+    def _remove_filter(self) -> None:
+        if self._filters:
+            self._filters.pop(self._rng.randrange(len(self._filters))).remove()
 
     def _snapshot(self) -> None:
         self._disk.snapshots.create("now").delete()
