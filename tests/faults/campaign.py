@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import pytest
 
@@ -80,8 +80,17 @@ class Workload:
 class Session:
     """The work on one copy of the files, with a fault in one of them."""
 
-    def __init__(self, workload: Workload, folder: Path, part: str = "", rules: Rules = ()) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        folder: Path,
+        part: str = "",
+        rules: Rules = (),
+        tell: Callable[[str], object] = lambda _what: None,
+    ) -> None:
+        """`tell` hears "begun" before each step, and "flushed" when all that was done before is durable."""
         self.workload = workload
+        self.tell = tell
         self.folder = folder
         self.part = part
         self.rules = rules
@@ -94,6 +103,8 @@ class Session:
         self.model = bytearray(self.read())
         self.possible: list[bytes] = [bytes(self.model)]
         """What the disk may read as after a crash: as at the last flush, or as any time since."""
+        self.contents: list[bytes] = [bytes(self.model)]
+        """What it was at the beginning, and what each step was to make of it."""
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -110,14 +121,14 @@ class Session:
         before = sum(node.matched[0] for node in self.nodes)
         return [{**rule, "skip": max(rule["skip"] - before, 0)} for rule in self.rules]
 
-    def open_other(self, name: str, **options: Any) -> Disk:
-        """Another image of the folder, for reading; its requests may be those that fail."""
+    def open_other(self, name: str, mode: Literal["r", "r+"] = "r", **options: Any) -> Disk:
+        """Another image of the folder; its requests may be those that fail."""
         rules = self.rules_now() if self.part == name and not self.errors else ()
         try:
-            disk = blocklib.open({"driver": "qcow2", "file": file_options(self.folder / name, rules), **options})
+            disk = blocklib.open({"driver": "qcow2", "file": file_options(self.folder / name, rules), **options}, mode)
         except StorageError as exc:
             self._note(exc)
-            return self.open_other(name, **options)
+            return self.open_other(name, mode, **options)
         self._keep_nodes(disk)
         return disk
 
@@ -135,7 +146,7 @@ class Session:
     def reopen(self) -> None:
         try:
             self.disk.close()
-            self.possible = [bytes(self.model)]
+            self._is_durable()
         except StorageError as exc:  # then it is closed all the same, and something may be lost
             self._note(exc)
         self.disk = self._open()
@@ -171,6 +182,8 @@ class Session:
         before, after = bytes(self.model), bytearray(self.model)
         if effect is not None:
             effect(after)
+        self.contents.append(bytes(after))
+        self.tell("begun")
         for attempt in range(2):
             try:
                 request(self.disk)
@@ -230,7 +243,11 @@ class Session:
 
     def flush(self) -> None:
         self.step(lambda disk: disk.flush())
+        self._is_durable()
+
+    def _is_durable(self) -> None:
         self.possible = [bytes(self.model)]
+        self.tell("flushed")
 
     def snapshot(self, name: str) -> None:
         kept = self.snapshots.setdefault(name, bytes(self.model))
@@ -293,6 +310,16 @@ class Session:
         self._assert_sound()
         for name in names:
             self._assert_snapshot(name)
+
+    def judge_what_is_left(self, begun: int, flushed: int, reference: Session) -> None:
+        """The same of a session in another process, which was killed when it had begun so many steps, and flushed so many.
+
+        `reference` has done the same, to its end.
+        """
+        self.possible = reference.contents[flushed : begun + 1]
+        self.snapshots = reference.snapshots
+        self.disk.abandon()
+        self.end()
 
     def _assert_sound(self) -> None:
         """Nothing worse than leaks, once a dirty image has been opened for writing."""

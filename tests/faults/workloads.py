@@ -213,9 +213,9 @@ def damaged(folder: Path) -> None:
     editor.flip(l2 + 8 * 9, COPIED)
 
 
-def convert_into(**keywords: Any) -> Callable[[Session], None]:
+def convert_into(size: int = SIZE, length: int = 100 * KiB, **keywords: Any) -> Callable[[Session], None]:
     def work(session: Session) -> None:
-        content = noise(SIZE, 100 * KiB).ljust(SIZE, b"\0")
+        content = noise(size, length).ljust(size, b"\0")
 
         def effect(model: bytearray) -> None:
             model[:] = content
@@ -224,6 +224,23 @@ def convert_into(**keywords: Any) -> Callable[[Session], None]:
             session.step(lambda disk: blocklib.convert(source, disk, **keywords), effect)
 
     return work
+
+
+def convert_to_new(session: Session) -> None:
+    """What is made goes again if the verb fails."""
+    session.step(lambda disk: blocklib.convert(disk, session.folder / "new", format="qcow2"), done_already=())
+    assert blocklib.check(session.folder / "new").clean
+
+
+def mirror(session: Session) -> None:
+    def request(disk: blocklib.Disk) -> None:
+        with session.open_other("copy", "r+") as copy, blocklib.jobs.mirror(disk, copy) as job:
+            job.wait(until="ready")
+            job.cancel()
+
+    session.write(10 * KiB, b"a" * 5000)
+    session.step(request)
+    session.write(3 * KiB, b"c" * 512)
 
 
 SMALL: Final[dict[str, Any]] = {"cluster_size": 4096}
@@ -258,6 +275,35 @@ WORKLOADS: Final = (
     Workload("rebase", overlay(**SMALL), over_base, rebase, ("top", "base"), images=("top", "base")),
     Workload("convert", together(image(**SMALL), image("source", content=100 * KiB)), alone, convert_into(), ("top", "source")),
     Workload("repair", damaged, alone, repair, repairs=True),
+    Workload("convert to new", image(content=100 * KiB), alone, convert_to_new),
+    Workload(
+        "mirror",
+        together(image(content=100 * KiB, **SMALL), image("copy", **SMALL)),
+        alone,
+        mirror,
+        ("top", "copy"),
+        images=("top", "copy"),
+    ),
     Workload("LUKS", image(**SMALL, **LUKS), encrypted, allocate),
     Workload("data file", image(data_file="data", **SMALL), with_data_file, give_up, ("top", "data")),
 )
+"""Small ones: each request of theirs fails."""
+_LARGE: Final = 24 * MiB
+LARGE: Final = (
+    Workload(
+        "convert, large",
+        together(image(size=_LARGE), image("source", _LARGE, _LARGE - 5 * KiB)),
+        alone,
+        convert_into(_LARGE, _LARGE - 5 * KiB),
+        ("top", "source"),
+    ),
+    Workload(
+        "mirror, large",
+        together(image(size=_LARGE, content=_LARGE - 5 * KiB), image("copy", _LARGE)),
+        alone,
+        mirror,
+        ("top", "copy"),
+        images=("top", "copy"),
+    ),
+)
+"""What several threads do at once."""
