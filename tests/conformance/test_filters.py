@@ -223,3 +223,33 @@ def test_it_passes_sizes_flushes_and_batches(driver: str, folder: Path) -> None:
         disk.write(2 * MiB - 3, b"end")
         assert disk.read(2 * MiB - 4, 4) == b"\0end"
         assert sum(extent.length for extent in disk.extents()) == 2 * MiB
+
+
+@pytest.mark.parametrize("driver", [driver for driver in drivers.FILTERS if driver != "compress"])
+def test_below_a_format_it_lets_the_image_grow(driver: str, tmp_path: Path) -> None:
+    image, other = tmp_path / "disk.qcow2", tmp_path / "other.raw"
+    blocklib.create(image, 4 * MiB, format="qcow2")
+    other.write_bytes(image.read_bytes())
+    own = _own(driver, tmp_path)
+    if driver == "blkverify":
+        own = {"test.driver": "file", "test.filename": str(other)}
+    main_option = load(driver).main_option
+    below = {"driver": driver, f"{main_option}.driver": "file", f"{main_option}.filename": str(image), **_in_python(own)}
+    data = bytes(range(1, 252)) * 8000
+    with blocklib.open({"driver": "qcow2", "file": below}, "r+", discard="unmap") as disk:
+        disk.write(100_000, data)
+        disk.write_zeroes(200_000, 100_000, unmap=True)
+        disk.flush()
+        disk.snapshots.create("here")
+        disk.write(100_000, b"over" * 1000)
+        disk.discard(1 * MiB, 1 * MiB)
+        disk.truncate(8 * MiB)
+        assert disk.read(104_000, 90_000) == data[4000:94_000]
+    assert blocklib.check(image, format="qcow2").clean
+    with blocklib.open(image) as disk:
+        assert disk.read(100_000, 5000) == b"over" * 1000 + data[4000:5000]
+        assert disk.read(200_000, 100_000) == bytes(100_000)
+    if driver == "blkverify":
+        assert blocklib.check(other, format="qcow2").clean
+        with blocklib.open(image) as disk, blocklib.open(other) as copy:
+            assert disk.read(0, disk.size) == copy.read(0, copy.size)
