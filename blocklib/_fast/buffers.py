@@ -60,7 +60,7 @@ def _unlike_parts(marks: int, view: memoryview, other: memoryview | None, block:
     if not doubtful:
         return [(0, len(view))] if blocks else []
     compiled = kernel.worth(len(doubtful) * _SAVED_PER_STRETCH)
-    if compiled is not None:
+    if compiled is not None and _is_aligned(view) and (other is None or _is_aligned(other)):
         return _parts_by_kernel(compiled, view, other, block)
     alike = _comparing(view, other)
     parts: list[Part] = []
@@ -73,6 +73,11 @@ def _unlike_parts(marks: int, view: memoryview, other: memoryview | None, block:
     if done < len(view):
         parts.append((done, len(view)))
     return parts
+
+
+def _is_aligned(view: memoryview) -> bool:
+    """Whether a kernel can take it for words: a buffer may begin anywhere in memory, so blocks of the disk may, too."""
+    return Pointer(view, "B").address % _WORD == 0
 
 
 def _alike_parts(alike: Callable[[int, int], bool], first: int, stop: int, block: int) -> Iterator[Part]:

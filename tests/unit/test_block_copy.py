@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import blocklib
 from blocklib import jobs
+from blocklib._fast.kernel import Kernel
 from blocklib.disk import Disk
 from blocklib.errors import (
     ImageExistsError,
@@ -218,8 +219,11 @@ def test_many_small_runs_make_many_pieces(kinds: tuple[int, int]) -> None:
 # -- zeroes and differences in a buffer -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def scanner() -> BlockScanner:
+@pytest.fixture(params=["kernels", "definitions"])
+def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BlockScanner:
+    """Kernels take blocks from wherever in memory they begin, once they have been loaded for something large."""
+    use_kernels = request.param == "kernels"
+    monkeypatch.setattr(Kernel, "worth", lambda kernel, saving: kernel.loaded() if use_kernels else None)
     return BlockScanner(64)
 
 
