@@ -24,8 +24,9 @@ class CopyState:
         self.size = size
         self.granularity = granularity
         self._bits = DirtyBits(size, granularity)
+        self._torn: DirtyBits | None = None
         self._reserved: list[tuple[int, int]] = []
-        self._changed = threading.Condition(threading.Lock())  # guards both
+        self._changed = threading.Condition(threading.Lock())  # guards all of it
 
     # -- what is to be copied -----------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class CopyState:
     def copy(self, offset: int, length: int, copy: Callable[[int, int], None]) -> None:
         """Reserve the pieces that a range touches and `copy` what is to be copied of them, (offset, length) each, ascending.
 
-        What was not copied, because it raised, is to be copied still.
+        What was not copied, because it raised, is to be copied still, and is `torn`.
         """
         with self.reserved(offset, length):
             taken = self.take(offset, length)
@@ -113,9 +114,20 @@ class CopyState:
                 for start, n in taken:
                     copy(start, n)
             except BaseException:
-                for start, n in taken:
-                    self.mark(start, n)
+                with self._changed:
+                    if self._torn is None:
+                        self._torn = DirtyBits(self.size, self.granularity)
+                    for start, n in taken:
+                        self._bits.set_range(start, n)
+                        self._torn.set_range(start, n)
+                    self._changed.notify_all()
                 raise
+
+    def torn(self, offset: int, length: int) -> bool:
+        """Whether a copy of something of this range has failed once, so that the target may hold part of it already."""
+        with self._changed:
+            found = self._torn.next_dirty(offset) if self._torn is not None else None
+        return found is not None and found[0] < offset + length
 
     def take(self, offset: int, length: int) -> list[tuple[int, int]]:
         """What of a range is to be copied, in whole pieces, which are no longer marked.  The caller has reserved them."""

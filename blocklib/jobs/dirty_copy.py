@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, get_args
 
@@ -11,7 +11,7 @@ from blocklib import graph, plan, status
 from blocklib.errors import BlocklibError, StorageError, UsageError
 from blocklib.jobs.block_copy import BlockCopy, Compression, Packed, Writer
 from blocklib.jobs.control import Control
-from blocklib.jobs.runs import COPY, PIECE, SKIP, ZERO, Piece, Run
+from blocklib.jobs.runs import COPY, PIECE, SKIP, ZERO, Piece, Run, in_units
 from blocklib.node import CONSISTENT_READ
 from blocklib.requests import RequestTracker
 
@@ -198,7 +198,12 @@ class DirtyCopy(BlockCopy):
     def _copy_taken(self, offset: int, length: int, buffer: memoryview) -> None:
         writes = []
         copied = 0
-        for start, n, what in self._from.runs(offset, length):
+        runs: Iterable[Run] = self._from.runs(offset, length)
+        # Only what has no place in the target yet can be compressed there, and only whole clusters can.
+        compressor = self._compression.compressor if self._compression and not self._state.torn(offset, length) else None
+        if compressor is not None:
+            runs = in_units(runs, compressor.unit)
+        for start, n, what in runs:
             if what == SKIP:
                 continue
             if what == ZERO:
@@ -208,8 +213,8 @@ class DirtyCopy(BlockCopy):
             self._read(start, view)
             copied += n
             self._add_writes(writes, start, view)
-        if self._compression is not None:
-            compress = self._compression.compressor.compress
+        if compressor is not None:
+            compress = compressor.compress
             writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
         self._write(writes, _nothing)
         written = sum(write.length for write in writes if write.data is not None)

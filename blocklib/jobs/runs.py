@@ -97,15 +97,19 @@ def coalesced(runs: Iterable[Run]) -> Iterator[Run]:
 def in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
     """The same runs, none of which ends inside a unit, other than the last: a unit of which some is copied is copied whole.
 
+    The first begins with a unit.
+
     One with something to COMPARE is compared whole, and one that mixes zeroes with what the target has is copied.
     """
     return coalesced(_in_units(runs, unit))
 
 
 def _in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
-    begun, mixed = 0, -1  # the unit that is not complete begins there; what is in it so far
+    begun, mixed = -1, -1  # the unit that is not complete begins there; what is in it so far
     end = 0
     for start, length, what in runs:
+        if begun < 0:
+            begun = start
         end = start + length
         if begun < start:
             mixed = _mixed(mixed, what)

@@ -13,6 +13,8 @@ import pytest
 
 import blocklib
 from blocklib import MiB, StorageError, UsageError, jobs
+from blocklib.jobs.copy_target import CopyTarget
+from tests.jobs_model import Fault, put_fault
 
 SIZE = 8 * MiB
 Verb = Literal["mirror", "backup"]
@@ -174,6 +176,67 @@ def test_who_is_told_that_old_data_could_not_be_kept(tmp_path: Path, breaks: Any
                 job.wait(timeout=60)
             failing.mended = True
         assert source.read(0, 3) == b"new"
+
+
+@pytest.mark.parametrize("compress", ["zlib", "zstd"])
+def test_a_compressed_backup_goes_on_where_it_has_written_part_of_a_piece(tmp_path: Path, compress: Any) -> None:
+    content = b"compressible" * (SIZE // 12) + bytes(SIZE % 12)
+    for name, options in (("source", {"cluster_size": 4096}), ("target", {"compression_type": compress})):
+        blocklib.create(tmp_path / f"{name}.qcow2", SIZE, format="qcow2", options=options)
+    with blocklib.open(tmp_path / "source.qcow2", "r+") as source:
+        source.write(0, content)
+        source.write_zeroes(4096, 8192)
+        source.write_zeroes(MiB, 100 * 1024)
+        expected = source.read(0, SIZE)
+        failing: list[_Failing] = []
+        open_target = CopyTarget.open
+
+        def open_and_break(end: CopyTarget, size: int) -> blocklib.Disk:
+            made = open_target(end, size)
+            failing.append(_fail(made, "pwritev", errno.EIO, good=2))
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CopyTarget, "open", open_and_break)
+            job = jobs.backup(source, tmp_path / "copy.qcow2", format="qcow2", compress=compress, on_target_error="stop")
+        for event in job.events():
+            if event.status == "paused":
+                failing[0].mended = True
+                job.resume()
+        job.wait(timeout=60)
+    with blocklib.open(tmp_path / "copy.qcow2") as copy:
+        assert copy.read(0, SIZE) == expected
+        assert any(extent.compressed for extent in copy.extents())
+    assert blocklib.check(tmp_path / "copy.qcow2").clean
+
+
+@pytest.mark.parametrize("policy", ["report", "ignore", "enospc", "stop"])
+def test_a_stream_that_cannot_read_does_what_it_was_told_to(tmp_path: Path, policy: Any) -> None:
+    content = random.Random(0).randbytes(SIZE)
+    blocklib.create(tmp_path / "base.qcow2", SIZE, format="qcow2", options={"preallocation": "metadata"})
+    with blocklib.open(tmp_path / "base.qcow2", "r+") as base:
+        base.write(0, content)
+    blocklib.create(tmp_path / "top.qcow2", format="qcow2", backing="base.qcow2", backing_format="qcow2")
+    with blocklib.open(tmp_path / "top.qcow2", "r+", format="qcow2", references="allow") as disk:
+        below = disk.node.children["backing"].node
+        number = errno.ENOSPC if policy == "enospc" else errno.EIO
+        fault = put_fault(below, Fault(("read",), 2, number, None if policy != "ignore" else 1))
+        job = jobs.stream(disk, on_error=policy)
+        for event in job.events():
+            if event.status == "paused":
+                assert isinstance(job.io_error, StorageError)
+                fault.mended = True
+                job.resume()
+        if policy in ("report", "ignore"):
+            with pytest.raises(StorageError):
+                job.wait(timeout=60)
+            assert len(disk.chain()) == 2
+            fault.mended = True
+            jobs.stream(disk).wait(timeout=60)
+        else:
+            job.wait(timeout=60)
+        assert len(disk.chain()) == 1
+        assert disk.read(0, SIZE) == content
 
 
 def test_an_unknown_policy_is_refused_at_once(tmp_path: Path) -> None:
