@@ -45,7 +45,7 @@ _ORDER: Final = (
 class Readable(Protocol):
     """A stream of bytes."""
 
-    def read(self, size: int, /) -> bytes | None: ...
+    def read(self, size: int, /) -> bytes | bytearray | memoryview | None: ...
 
 
 def inspect(
@@ -73,7 +73,7 @@ def inspect(
             chunk = source.read(_CHUNK)
         except OSError as exc:
             raise StorageError.wrap(exc, "read", filename=getattr(source, "name", None)) from exc
-        if not isinstance(chunk, bytes):
+        if not isinstance(chunk, (bytes, bytearray, memoryview)):
             raise UsageError(f"a stream of bytes that waits for them is needed: this one gave {type(chunk).__name__}")
         if not chunk:
             return inspector.finish()

@@ -10,6 +10,7 @@ import pytest
 import blocklib
 from blocklib import KiB, MiB, jobs, nbd
 from blocklib.bitmaps import ExportedBitmap
+from tests.cli.running import CommandLine
 from tests.nbd_servers import nbdkit_at, qemu_nbd_at
 from tests.programs import Program
 
@@ -121,6 +122,32 @@ def test_a_filter_does_not_hide_them_and_a_window_does(served: str) -> None:
         throttle.remove()
     with blocklib.open(served, format="raw", options={"offset": 65536}) as remote:
         assert len(remote.bitmaps) == 0
+
+
+def test_what_the_server_marks_meanwhile_is_seen_at_the_next_use(image: Path, tmp_path: Path) -> None:
+    listen = f"nbd+unix:///?socket={tmp_path / 'ours.sock'}"
+    with (
+        blocklib.open(image, "r+", format="qcow2") as disk,
+        nbd.Server(disk, listen=listen, bitmaps=("fine",), read_only=True) as server,
+        blocklib.open(server.uri, format="raw") as remote,
+    ):
+        bitmap = remote.bitmaps["fine"]
+        before = bitmap.count
+        disk.write(5 * MiB, b"x" * 1024)
+        assert bitmap.count == before + 1024
+        assert (5 * MiB, 1024) in ranges(bitmap)
+
+
+def test_bitmap_on_the_command_line_merges_what_a_server_marks(served: str, image: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.qcow2"
+    cli = CommandLine()
+    cli("create", "-q", "-f", "qcow2", own, SIZE)
+    cli("bitmap", "--add", "-g", 512, "--merge", "fine", "-b", served, "-F", "raw", own, "copy")
+    with (
+        blocklib.open(own, format="qcow2") as copy,
+        blocklib.open(image, format="qcow2", force_share=True) as local,
+    ):
+        assert ranges(copy.bitmaps["copy"]) == ranges(local.bitmaps["fine"])
 
 
 def test_a_server_without_bitmaps_shows_none(tmp_path: Path, nbdkit: Program) -> None:

@@ -416,6 +416,15 @@ def test_a_stream_is_read_from_where_it_is(tmp_path: Path) -> None:
         assert blocklib.inspect(stream).formats == ("qcow2",)
         assert stream.read() == b""
 
+    class Views:
+        def __init__(self) -> None:
+            self.parts: list[bytes | bytearray | memoryview] = [memoryview(QCOW2)[:99], bytearray(QCOW2[99:]), b""]
+
+        def read(self, size: int) -> bytes | bytearray | memoryview:
+            return self.parts.pop(0)
+
+    assert blocklib.inspect(Views()).formats == ("qcow2",)
+
 
 def test_a_file_is_not_changed_and_may_be_read_only(tmp_path: Path) -> None:
     path = tmp_path / "image"
