@@ -92,6 +92,8 @@ class Mapping:
         self.cache = TableCache(file, "Q", slice_length, cache_bytes, structure="L2 table", node=node)
         self.dirty_l1: set[int] = set()
         self.new_tables: set[int] = set()
+        self.copied_tables: dict[int, int] = {}
+        """Host offsets of new tables that are copies and may have no space yet -> L1 entries that they have replaced."""
         """Host offsets of L2 tables that the file's L1 table does not point at yet."""
         self.doubtful_tables: set[int] = set()
         """Those that it may point at or not, because a flush failed."""
@@ -240,6 +242,10 @@ class Mapping:
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
+    def has_own_table(self, guest_offset: int) -> bool:
+        """Whether `slice_for_change` would make no table for this offset."""
+        return self.slice_at(guest_offset) is not None and bool(self.l1[guest_offset >> self._l1_shift] & _COPIED)
+
     def slice_for_change(self, guest_offset: int, refcounts: Refcounts, freed: list[tuple[int, int]]) -> tuple[int, Table]:
         """(host offset, table) of the L2 slice that maps `guest_offset`, in an L2 table that is ours to change.
 
@@ -264,6 +270,7 @@ class Mapping:
         refcounts.unbacked.add(new_offset)
         if old:
             freed.append((old_offset >> self._cluster_bits, 1))
+            self.copied_tables[new_offset] = entry
         start = (guest_offset >> self._slice_shift & self._slices_mask) * self.slice_length
         return new_offset + start, self.cache.need(new_offset + start)
 

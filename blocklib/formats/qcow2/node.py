@@ -406,7 +406,10 @@ class Qcow2Node(BatchNode, ClusterWritingNode):
         # of a block of the cipher, too.
         if self.geometry.extended_l2 and self.crypt is None:
             data_file.before_zeroing(self, offset, length, unmap=False)
-        done = self.retry(lambda: writing.zero_part(self, offset, length))
+        while (done := self.retry(lambda: writing.zero_part(self, offset, length))) is None:
+            from blocklib.formats.qcow2.reserve import make_table
+
+            make_table(self, offset)
         self.writeback.relieve()
         return done
 

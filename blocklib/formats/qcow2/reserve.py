@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from blocklib.buffers import zeroes
 from blocklib.errors import StorageError
 from blocklib.formats.qcow2 import layout
-from blocklib.formats.qcow2.resize import count_used
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.node import Qcow2Node
@@ -29,6 +28,7 @@ def back_tables(node: Qcow2Node, offset: int, ticket: WriteTicket | None, *, len
             for place in _without_space(node):
                 node.file.write(place, (zeroes(node.geometry.cluster_size),), "cluster_alloc_space")
                 node.refcounts.unbacked.discard(place)
+                node.mapping.copied_tables.pop(place, None)
     except BaseException as error:
         if ticket is not None:  # whatever it was: nobody else will give it back
             ticket.abort()
@@ -40,6 +40,16 @@ def back_tables(node: Qcow2Node, offset: int, ticket: WriteTicket | None, *, len
         raise
 
 
+def make_table(node: Qcow2Node, offset: int) -> None:
+    """See to it that the L2 table of guest `offset` can be changed, and that it has its space.
+
+    Raises StorageError where there is none; nothing has changed then.
+    """
+    node.retry(lambda: node.mapping.slice_for_change(offset, node.refcounts, node.writeback.freed))
+    if node.refcounts.unbacked:
+        back_tables(node, offset, None)
+
+
 def _without_space(node: Qcow2Node) -> list[int]:
     with node.lock:
         refcounts = node.refcounts
@@ -48,7 +58,8 @@ def _without_space(node: Qcow2Node) -> list[int]:
 
 
 def _forget_table(node: Qcow2Node, index: int) -> None:
-    """Unlink the new L2 table of this L1 index if it maps nothing and nobody is about to link something into it."""
+    """Unlink the new L2 table of this L1 index if nobody is about to link something into it, and it maps nothing, or what
+    the table maps that it is a copy of, which takes its place."""
     mapping, refcounts = node.mapping, node.refcounts
     place = mapping.l1[index] & layout.OFFSET_MASK
     if place not in refcounts.unbacked or place not in mapping.new_tables:
@@ -57,13 +68,21 @@ def _forget_table(node: Qcow2Node, index: int) -> None:
     if node.allocations.overlaps(index << per_table, (index + 1) << per_table):
         return
     starts = range(place, place + node.geometry.cluster_size, mapping.slice_length)
-    if any(any(mapping.cache.need(start)) for start in starts):
+    before = mapping.copied_tables.get(place, 0)
+    if before:
+        old = before & layout.OFFSET_MASK
+        if any(mapping.cache.need(start) != mapping.cache.need(start - place + old) for start in starts):
+            return
+    elif any(any(mapping.cache.need(start)) for start in starts):
         return
     refcounts.release(place >> node.geometry.cluster_bits, 1)
     for start in starts:
         mapping.cache.drop(start)
-    mapping.l1[index] = 0
+    if before:
+        node.writeback.freed.remove((old >> node.geometry.cluster_bits, 1))
+    mapping.l1[index] = before
     mapping.new_tables.discard(place)
+    mapping.copied_tables.pop(place, None)
     refcounts.unbacked.discard(place)
 
 
@@ -74,6 +93,8 @@ def _forget_blocks(node: Qcow2Node) -> None:
     indices = [index for index in refcounts.dirty_table_entries if refcounts.table[index] in places]
     if not places or refcounts.table_moved or len(indices) != len(places):
         return
+    from blocklib.formats.qcow2.resize import count_used
+
     used = sum(count_used(refcounts.block(index), node.geometry.refcount_bits) for index in indices)
     if used != len(places):
         return

@@ -108,10 +108,10 @@ def _forget(node: Qcow2Node, ticket: AllocationTicket) -> None:
             node.allocations.remove(ticket)
 
 
-def zero_part(node: Qcow2Node, offset: int, length: int) -> bool:
+def zero_part(node: Qcow2Node, offset: int, length: int) -> bool | None:
     """Whether part of a cluster reads as zero already, or could be made so because nothing else is in its way.
 
-    Runs under the image's lock.
+    None where a table must be made for that first.  Runs under the image's lock.
     """
     mapping = node.mapping
     first = offset >> node.geometry.cluster_bits
@@ -126,6 +126,8 @@ def zero_part(node: Qcow2Node, offset: int, length: int) -> bool:
     if after is None:
         return False
     if after != before:
+        if not mapping.has_own_table(offset):
+            return None
         slice_offset, table = mapping.slice_for_change(offset, node.refcounts, node.writeback.freed)
         mapping.set_entry(slice_offset, table, mapping.index_in_slice(offset), *after)
     return True

@@ -9,6 +9,7 @@ from array import array
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from blocklib.formats.qcow2 import data_file, layout
+from blocklib.formats.qcow2.reserve import make_table
 from blocklib.formats.qcow2.tables import Table, zeroes_end
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _each_slice(
             offset += mapping.unmapped_length(offset, min(end, known) - offset)
             continue
         stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
+        make_table(node, offset)
         kept = node.retry(
             lambda offset=offset, stop=stop: _change(node, offset, stop, erasure, punch=punch, as_tables=as_tables)  # type: ignore[misc]
         )
