@@ -64,6 +64,7 @@ def _fuzz(target: str, options: argparse.Namespace) -> Outcome:
             f"-max_len={LONGEST.get(target, 200)}",
             f"-rss_limit_mb={options.megabytes}",
             "-timeout=20",
+            "-report_slow_units=600",
             "-print_final_stats=1",
             f"-artifact_prefix={found}/",
             *([f"-runs={options.runs}"] if options.runs else []),
@@ -80,6 +81,10 @@ def _quoted(word: str) -> str:
     return "".join(char if char.isalnum() else f"\\x{ord(char):02x}" for char in word)
 
 
+def _has_atheris() -> bool:
+    return importlib.util.find_spec("atheris") is not None
+
+
 def _has_wheel() -> bool:
     """Whether this is a platform that atheris has a wheel for."""
     return (
@@ -91,7 +96,7 @@ def _has_wheel() -> bool:
     )
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; without any, all of them")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
@@ -100,11 +105,11 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=512, help="of memory that a target may use (512)")
     parser.add_argument("--folder", default=str(_ROOT / ".fuzz"), help="where what was learnt is kept (.fuzz)")
     parser.add_argument("--goes-on", action="store_true", help="go on after an input that fails")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = set(options.targets) - TARGETS.keys()
     if unknown:
         parser.error(f"there is no target {', '.join(sorted(unknown))}")
-    if importlib.util.find_spec("atheris") is None:
+    if not _has_atheris():
         print("nothing was fuzzed: there is no atheris here (pip install 'pyblocklib[fuzz]', CPython 3.11 to 3.13 on Linux)")
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         return 1 if in_ci and _has_wheel() else 0
@@ -123,4 +128,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -20,10 +20,12 @@ from blocklib.disk import Disk
 from blocklib.errors import BlocklibError, PoisonedError
 from blocklib.formats.qcow2.header import header_span, parse_header
 from blocklib.formats.qcow2.header_write import serialize_header
+from blocklib.formats.qcow2.snapshots import tally
 from blocklib.inspection import Inspector
 from blocklib.options import check_options
 from blocklib.policy import Limits
 from blocklib.reports import CheckReport, Inspection
+from tests.encrypted import SECRET
 from tests.fuzz import images
 from tests.fuzz.images import Case, Image
 from tests.fuzz.source import Source
@@ -58,8 +60,9 @@ def luks(data: bytes) -> None:
     _image(data, ("LUKS", "LUKS subclusters", "AES"), ("LUKS", "extension", "header", "L2"))
 
 
-_WITH_SNAPSHOTS: Final = tuple(name for name in images.NAMES if name not in ("narrow counts", "data file", "raw data file"))
-_WITH_BITMAPS: Final = tuple(name for name in images.NAMES if name != "version 2")
+_WITHOUT_SNAPSHOTS: Final = ("bare", "narrow counts", "data file", "raw data file")
+_WITH_SNAPSHOTS: Final = tuple(name for name in images.NAMES if name not in _WITHOUT_SNAPSHOTS)
+_WITH_BITMAPS: Final = tuple(name for name in images.NAMES if name not in ("bare", "version 2"))
 
 
 def inspect(data: bytes) -> None:
@@ -115,8 +118,8 @@ def _image(data: bytes, names: Sequence[str], kinds: tuple[str, ...]) -> None:
     source = Source(data)
     image = images.image(source.chosen(names))
     phases = source.byte()
-    case = Case(image, images.damaged(image, source, image.of_kind(*kinds)))
-    with running("plain" if phases & 0xC0 == 0xC0 else "off"), _quick_keys():
+    case = Case(image, images.damaged(image, source, image.of_kind(*kinds)), unusual=bool(phases & 32))
+    with running("plain" if phases & 0xC0 == 0xC0 else "off"), _patched(counts_by_tables=bool(phases & 32)):
         before = case.state
         if phases & 16:
             with suppress(BlocklibError):
@@ -133,11 +136,17 @@ _derive, _merge_key = lru_cache(200)(luks_format.derive), lru_cache(20)(luks_for
 
 
 @contextmanager
-def _quick_keys() -> Iterator[None]:
-    """While the block runs, what takes long to compute of a password is computed once for each header."""
+def _patched(*, counts_by_tables: bool) -> Iterator[None]:
+    """While the block runs, what takes long to compute of a password is computed once for each header.
+
+    With `counts_by_tables` snapshots are counted as those of large disks are.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(luks_format, "derive", _derive)
         patch.setattr(luks_format, "merge_key", _merge_key)
+        patch.setattr(luks_format, "iterations_per_second", lambda *_work, seconds: 100_000.0)
+        if counts_by_tables:
+            patch.setattr(tally, "_SMALL", -1)
         yield
 
 
@@ -377,7 +386,8 @@ class Written:
     def bitmap(self) -> None:
         kind = self._source.byte()
         found = list(self.disk.bitmaps)
-        bitmap = found[kind >> 3] if kind >> 3 < len(found) else None
+        number = (kind >> 3) % (len(found) + 1)
+        bitmap = found[number] if number < len(found) else None
         if bitmap is None:
             granularity = 512 << self._source.byte() % 8
             self.disk.bitmaps.add(f"b{kind}", granularity=granularity, persistent=bool(kind & 1))
@@ -405,20 +415,57 @@ class Written:
             if self._image.has_backing:
                 self._learn()
 
+    def write_runs(self) -> None:
+        offset, length = self._range(3000)
+        runs: list[tuple[int, memoryview]] = []
+        for _ in range(self._source.byte() % 30 + 1):
+            if offset + length > self.disk.size:
+                break
+            runs.append((offset, memoryview(bytes((self._source.byte(),)) * length)))
+            offset += length + (self._source.byte() << 4)
+        self.disk.write_runs(runs)
+        for start, data in runs:
+            self._set(start, bytes(data))
+
     def amend(self) -> None:
         kind = self._source.byte()
         options: dict[str, Any] = {}
-        if kind & 1:
-            options["refcount_bits"] = 1 << (kind >> 4) % 7
-        elif kind & 2:
-            options["compat"] = "0.10" if kind & 16 else "1.1"
-        else:
-            options["lazy_refcounts"] = bool(kind & 16)
+        match kind % 5:
+            case 0:
+                options["refcount_bits"] = 1 << (kind >> 4) % 7
+            case 1 | 2:
+                options["compat"] = "1.1" if kind & 16 else "0.10"
+            case 3:
+                options["lazy_refcounts"] = bool(kind & 16)
+            case _ if kind & 16:
+                options |= {"encrypt.state": "active", "encrypt.new-secret": SECRET, "encrypt.iter-time": 1}
+            case _:
+                options |= {"encrypt.state": "inactive", "encrypt.keyslot": (kind >> 5) % 3}
         node = self.disk.node
         typed = check_options("qcow2", options, table="amend")
         with graph.alone(node):
             node.check_amend(typed)
             node.amend(typed)
+
+    def reopen(self) -> None:
+        for read_only in (True, False):
+            with graph.Transaction() as change:
+                change.reopen(self.disk.node, read_only=read_only)
+
+    def make_empty(self) -> None:
+        node = self.disk.node
+        if self._source.byte() & 1 and node.names_backing:
+            with graph.alone(node):
+                node.make_empty()
+            if self.content is not None:
+                self._learn()
+
+    def change_backing(self) -> None:
+        name = self._source.chosen((None, "base.raw", "a" * 600, "a" * 1023, "b"))
+        node = self.disk.node
+        if (name is None) != node.names_backing:
+            with graph.alone(node):
+                node.change_backing(name, "raw" if name else None)
 
     def check(self) -> None:
         with graph.alone(self.disk.node):
@@ -448,6 +495,10 @@ _REQUESTS: Final[tuple[Callable[[Written], None], ...]] = (
     Written.bitmap,
     Written.resize,
     Written.amend,
+    Written.write_runs,
+    Written.reopen,
+    Written.make_empty,
+    Written.change_backing,
     Written.check,
     Written.repair,
 )

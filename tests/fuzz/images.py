@@ -23,6 +23,7 @@ from tests.encrypted import AES, LUKS, OPEN
 from tests.fuzz.source import EXTREMES, Source
 
 SIZE: Final = 192 << 10
+_UNUSUAL: Final = {"l2-cache-size": 1024, "l2-cache-entry-size": 512, "refcount-cache-size": 1024, "overlap-check": "all"}
 _MOST_STORED: Final = 16 << 20
 _LIMITS: Final = Limits(key_iterations=20_000)
 _COPIED, _COMPRESSED = layout.FLAG_COPIED, layout.FLAG_COMPRESSED
@@ -80,10 +81,11 @@ class Image:
 
 
 class Case:
-    """An image, sound or damaged, in files of its own."""
+    """An image, sound or damaged, in files of its own; `unusual`: opened with caches for next to nothing, and all checks."""
 
-    def __init__(self, image: Image, data: bytes) -> None:
+    def __init__(self, image: Image, data: bytes, *, unusual: bool = False) -> None:
         self.image = image
+        self.unusual = unusual
         self.host = Host(data)
         self.guest = Host(image.guest) if image.guest is not None else None
 
@@ -97,9 +99,11 @@ class Case:
     ) -> Iterator[Disk]:
         """The disk, which is closed at the end, or abandoned where the block raises."""
         image = self.image
-        typed = check_options("qcow2", {**(options or {}), **(OPEN if image.secret else {}), "file": {}})
+        settings = _UNUSUAL if self.unusual else {}
+        typed = check_options("qcow2", {**settings, **(options or {}), **(OPEN if image.secret else {}), "file": {}})
         node = Qcow2Node.from_options(typed, read_only=not writable, limits=_LIMITS, metadata_only=metadata_only)
         node.discard_passes = True
+        node.detect_zeroes = "unmap" if self.unusual else "off"
         with Transaction() as change:
             change.attach(node, "file", self.host)
         disk: Disk | None = None
@@ -136,6 +140,7 @@ def _backing() -> Host:
 
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "plain": {"cluster_size": 4096},
+    "bare": {"cluster_size": 4096, "compression_type": "zlib"},
     "wide counts": {"cluster_size": 512, "refcount_bits": 64},
     "narrow counts": {"cluster_size": 1024, "refcount_bits": 1},
     "version 2": {"cluster_size": 1024, "compat": "0.10"},
@@ -175,11 +180,11 @@ def image(name: str) -> Image:
         if not is_external and "encrypt.format" not in options:
             disk.write_compressed(0, bytes(range(256)) * 256)
         disk.write(70_000, b"x" * 40_000)
-        if "compat" not in options:
+        if "compat" not in options and name != "bare":
             disk.bitmaps.add("b", granularity=512, persistent=True)
             disk.bitmaps.add("other", granularity=4096, persistent=True).disable()
             disk.write(120_000, b"y" * 3000)
-        if not is_external and options.get("refcount_bits") != 1:
+        if not is_external and options.get("refcount_bits") != 1 and name != "bare":
             disk.snapshots.create("one")
             disk.write(80_000, b"z" * 5000)
             disk.snapshots.create("two")
@@ -205,7 +210,11 @@ def _places(data: bytes, host: Host) -> Iterator[tuple[str, tuple[int, int]]]:
     node.load()
     header, cluster = node.header, node.geometry.cluster_size
     span = header.header_length
-    yield "header", (0, span)
+    yield "header", (0, 72)
+    if span > 72:
+        for number, name in enumerate(("incompatible", "compatible", "autoclear")):
+            yield f"header {name} features", (72 + 8 * number, 8)
+        yield "header rest", (96, span - 96)
     while kind := int.from_bytes(data[span : span + 4], "big"):
         length = int.from_bytes(data[span + 4 : span + 8], "big")
         yield f"extension {kind:#x}", (span, layout.extension_span(length))

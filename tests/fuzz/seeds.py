@@ -54,9 +54,9 @@ def _images(most: int) -> Iterator[bytes]:
     rnd = random.Random("images")
     for number in range(len(images.NAMES)):
         yield bytes((number, 4, 0)) + rnd.randbytes(60)
-        yield bytes((number, 0xDC, 0)) + rnd.randbytes(60)
+        yield bytes((number, 0xFC, 0)) + rnd.randbytes(60)
     for number in range(most):
-        phases = rnd.choice((1, 3, 4, 4, 5, 7)) | rnd.choice((0, 8, 16, 16, 16)) | rnd.choice((0, 0, 0, 0xC0))
+        phases = rnd.choice((1, 3, 4, 4, 5, 7)) | rnd.choice((0, 8, 16, 16, 16, 32, 48)) | rnd.choice((0, 0, 0, 0xC0))
         yield bytes((number, phases, rnd.randrange(1, 4))) + rnd.randbytes(80)
 
 

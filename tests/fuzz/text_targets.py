@@ -34,6 +34,7 @@ from blocklib.policy import qemu_target
 from tests.fuzz import images
 from tests.fuzz.images import Case
 from tests.fuzz.source import Source
+from tests.kernels import running
 
 _DRIVERS: Final = ("qcow2", "raw", "file", "nbd", "throttle", "null-co")
 _LONGEST: Final = 64 << 10
@@ -137,7 +138,12 @@ def commands(data: bytes) -> None:
     before, io_requests.MAX_REQUEST = io_requests.MAX_REQUEST, _LONGEST
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), suppress(BlocklibError):
+        with (
+            running("plain" if kind & 0x20 else "off"),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            suppress(BlocklibError),
+        ):
             shell = _MemoryShell(session, image_opts=bool(kind & 0x40), untrusted=False, misaligned=bool(kind & 0x80))
             shell.case = Case(image, image.data)
             with shell:
