@@ -1,14 +1,16 @@
 """Many requests of one length at once: looked up together, and moved without the interpreter's lock.
 
 Each request is what it would be by itself (`plan`); together they cost a few calls.  What a node cannot do together, and what
-failed, is done again one by one, so that what a user gets to see does not depend on the way that was taken.  Requests of a
-batch are done in any order.
+failed, is done again one by one, so that what a user gets to see does not depend on the way that was taken.  An error that
+does not come again then has been an error all the same: nobody can say which of these requests it was, and all of them have
+failed.  Requests of a batch are done in any order.
 """
 
 from __future__ import annotations
 
 import errno
 import mmap
+import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
@@ -17,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from blocklib import plan
 from blocklib._fast import lookups, placing
 from blocklib._fast.pointer import Pointer
-from blocklib._fast.work import AT, COUNT, FOUND_BELOW, FOUND_ZEROES, MOVES, PIECE, PIECES, ROUND, TARGET, Work
+from blocklib._fast.work import AT, COUNT, FOUND_BELOW, FOUND_ZEROES, MOVES, PIECE, PIECES, RESULTS, ROUND, TARGET, Work
 from blocklib.buffers import zero_fill
-from blocklib.errors import BatchError, BlocklibError, OutOfRangeError, UsageError
+from blocklib.errors import BatchError, BlocklibError, OutOfRangeError, PoisonedError, StorageError, UsageError
 from blocklib.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
@@ -123,10 +125,11 @@ def read(node: Node, requests: Requests) -> dict[int, BlocklibError]:
     work = _pool.work()
     for numbers in requests.rounds():
         requests.lay_out(work, numbers)
-        _read_pieces(node, work)
-        rest = lookups.rest(work)
-        if rest:
-            requests.one_by_one([numbers.start + number for number in rest], one, failures)
+        errors: list[int] = []
+        _read_pieces(node, work, errors)
+        rest = [numbers.start + number for number in lookups.rest(work)]
+        requests.one_by_one(rest, one, failures)
+        _blame(node, "preadv", errors, rest, failures)
     _pool.give(work)
     return failures
 
@@ -155,11 +158,22 @@ def _write_rounds(
     work = _pool.work()
     for numbers in requests.rounds():
         requests.lay_out(work, numbers)
-        _write_pieces(node, work)
-        rest = lookups.rest(work)
-        if rest:  # not inside a request of ours: who waits for space must not wait for the end of it
-            requests.one_by_one([numbers.start + number for number in rest], one, failures)
+        errors: list[int] = []
+        _write_pieces(node, work, errors)
+        rest = [numbers.start + number for number in lookups.rest(work)]
+        # Not inside a request of ours: who waits for space must not wait for the end of it.
+        requests.one_by_one(rest, one, failures)
+        _blame(node, "pwritev", errors, rest, failures)
     _pool.give(work)
+
+
+def _blame(node: Node, operation: str, errors: list[int], numbers: list[int], failures: dict[int, BlocklibError]) -> None:
+    """Have the requests failed that were done again after `errors`, error numbers, where none of them failed once more."""
+    if errors and failures.keys().isdisjoint(numbers):
+        name = node.filename or node.name
+        text = f"{name}: {operation} failed: {os.strerror(errors[0])}; it did not fail when it was tried again"
+        failure = StorageError(text, errno=errors[0], operation=operation, filename=node.filename, node=name)
+        failures.update(dict.fromkeys(numbers, failure))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -177,7 +191,7 @@ def _leaf_below(node: Node) -> Node | None:
     return leaf if leaf.is_leaf else None
 
 
-def _read_pieces(node: Node, work: Work) -> None:
+def _read_pieces(node: Node, work: Work, errors: list[int]) -> None:
     """Read what the pieces stand for, level by level down the chain; what cannot be read so is handed back."""
     words = work.words
     entered = []
@@ -192,7 +206,7 @@ def _read_pieces(node: Node, work: Work) -> None:
                 lookups.hand_back(work)
                 return
             if words[MOVES]:
-                _transfer(leaf, work, writing=False)
+                _transfer(leaf, work, errors, writing=False)
             if words[FOUND_ZEROES]:
                 lookups.fill_zeroes(work)
             if not words[FOUND_BELOW]:
@@ -215,25 +229,28 @@ def _find(node: Node, work: Work) -> bool:
     return node.find_batch(work)
 
 
-def _transfer(leaf: Node, work: Work, *, writing: bool) -> None:
+def _transfer(leaf: Node, work: Work, errors: list[int], *, writing: bool) -> None:
     """Make the moves; the requests of those that failed are handed back."""
-    if not _move(leaf, work, writing=writing):
+    if not _move(leaf, work, errors, writing=writing):
         lookups.settle(work)
 
 
-def _move(leaf: Node, work: Work, *, writing: bool) -> bool:
-    """Make the moves; whether none failed."""
+def _move(leaf: Node, work: Work, errors: list[int], *, writing: bool) -> bool:
+    """Make the moves; whether none failed.  Error numbers are added to `errors`, but for a full host, which is asked again."""
     if leaf.request_alignment != 1 and not lookups.are_aligned(work, leaf.request_alignment):
         lookups.refuse_moves(work)
         return False
     leaf.transfer(*work.moves(), writing=writing)
-    return lookups.all_made(work)
+    if lookups.all_made(work):
+        return True
+    errors += (number for number in work.area(RESULTS, work.words[MOVES]) if number not in (0, errno.ENOSPC))
+    return False
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_pieces(node: Node, work: Work) -> None:
+def _write_pieces(node: Node, work: Work, errors: list[int]) -> None:
     words = work.words
     tracker = node.tracker
     if tracker is not None:
@@ -244,14 +261,16 @@ def _write_pieces(node: Node, work: Work) -> None:
             lookups.hand_back(work)
             return
         if words[MOVES]:
-            _transfer(leaf, work, writing=True)
+            _transfer(leaf, work, errors, writing=True)
         if not words[FOUND_BELOW]:
             return
         work.begin(words[TARGET], words[FOUND_BELOW])
         while words[AT] < words[COUNT]:
             try:
-                _write_rows(node, leaf, work)
-            except BlocklibError:  # whoever does it again meets it again
+                _write_rows(node, leaf, work, errors)
+            except BlocklibError as exc:  # whoever does it again meets it again, or it is held against the requests
+                if isinstance(exc, StorageError) and exc.errno and exc.errno != errno.ENOSPC:
+                    errors.append(exc.errno)
                 placing.hand_rows_back(work)
     finally:
         if tracker is not None:
@@ -265,16 +284,16 @@ def _place(node: Node, work: Work) -> bool:
     return node.place_batch(work)
 
 
-def _write_rows(node: Node, leaf: Node, work: Work) -> None:
+def _write_rows(node: Node, leaf: Node, work: Work, errors: list[int]) -> None:
     """Write some clusters that need more than writing in place."""
     ticket = node.reserve_batch(work, _BOUNCE, leaf.request_alignment)
     try:
         placing.add_own(work)
         if work.words[MOVES]:
-            _transfer(leaf, work, writing=True)
+            _transfer(leaf, work, errors, writing=True)
         if ticket is None:
             return
-        if not _fill(node, leaf, work):
+        if not _fill(node, leaf, work, errors):
             placing.hand_rows_back(work)
             ticket.abort()
             return
@@ -285,13 +304,13 @@ def _write_rows(node: Node, leaf: Node, work: Work) -> None:
     ticket.commit()
 
 
-def _fill(node: Node, leaf: Node, work: Work) -> bool:
+def _fill(node: Node, leaf: Node, work: Work, errors: list[int]) -> bool:
     """Write the fresh clusters: what requests say, and around it what is there now.  Whether all of them are written."""
     gaps = _pool.work()
     bounce = _pool.bounce()
     placing.find_gaps(work, gaps, bounce.address)
     if gaps.words[COUNT]:
-        _read_pieces(node, gaps)
+        _read_pieces(node, gaps, errors)
         rest = lookups.rest(gaps)
         if rest:
             placing.find_gaps(work, gaps, bounce.address)  # once more: lookups use the pieces up
@@ -300,7 +319,7 @@ def _fill(node: Node, leaf: Node, work: Work) -> bool:
                 start = address - bounce.address
                 _read_gap(node, offset, bounce.view[start : start + length])
     placing.fill_in(work, bounce.address)
-    made = _move(leaf, work, writing=True)
+    made = _move(leaf, work, errors, writing=True)
     _pool.give(gaps)
     _pool.give_bounce(bounce)
     return made
@@ -325,8 +344,11 @@ def offsets_of(offsets: Offsets) -> Pointer:
         raise OutOfRangeError("an offset of more than 64 bits") from exc
 
 
-def error_of(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BatchError:
-    """What to raise where these of `count` requests have failed."""
+def error_of(failures: Mapping[int, BlocklibError], count: int, operation: str, node: Node) -> BlocklibError:
+    """What to raise where these of `count` requests have failed: a BatchError, or what refuses all of them, a PoisonedError."""
+    refused = next(iter(failures.values()))
+    if len(failures) == count and all(isinstance(failure, PoisonedError) for failure in failures.values()):
+        return refused
     errnos = [0] * count
     for number, failure in failures.items():
         errnos[number] = getattr(failure, "errno", None) or errno.EIO
