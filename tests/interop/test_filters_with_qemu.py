@@ -155,3 +155,22 @@ def test_copy_on_read_of_the_command_line_fills_the_same_clusters(
     assert ours == theirs
     assert pair.are_clean("top.qcow2")
     assert main(["-C", "-r", "-c", "length", "top.qcow2"], program="qemu-io") == 1
+
+
+def test_only_what_the_same_bitmap_marks_is_kept(pair: _Pair, qemu_img: Program, tmp_path: Path) -> None:
+    pair.create("disk.qcow2", "1M")
+    pair.create("target.qcow2", "1M")
+    pair.write("disk.qcow2", "write -P 9 0 1M")
+    for name in ("theirs", "ours"):
+        qemu_img("bitmap", "--add", "-g", "64k", tmp_path / name / "disk.qcow2", "since")
+    pair.write("disk.qcow2", "write -P 8 128k 64k", "write -P 7 512k 1k")
+    files = ",".join(_file(name, Path("{}") / f"{image}.qcow2") for name, image in (("file", "disk"), ("target", "target")))
+    options = f"driver=copy-before-write,file.node-name=image,bitmap.node=image,bitmap.name=since,{files}"
+    assert pair.filtered(options, "write -P 1 0 1k", "write -P 2 150k 1k", "write -P 3 500k 100k") == (0, 0)
+    theirs, ours = pair.maps("target.qcow2")
+    assert ours == theirs
+    first, second = pair.contents("target.qcow2")
+    assert first == second
+    assert first[128 << 10 : 192 << 10] == b"\x08" * (64 << 10)
+    assert pair.are_clean("target.qcow2")
+    assert pair.are_clean("disk.qcow2")
