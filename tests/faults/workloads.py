@@ -265,6 +265,14 @@ WORKLOADS: Final = (
     Workload("L1 growth", image(size=900 * KiB, cluster_size=512), alone, grow_l1),
     Workload("compressed", image(**SMALL), alone, compress),
     Workload("subclusters", image(cluster_size=16 * KiB, extended_l2=True), alone, give_up),
+    Workload(
+        "subclusters over a backing file",
+        overlay(cluster_size=16 * KiB, extended_l2=True),
+        over_base,
+        allocate,
+        ("top", "base"),
+        images=("top", "base"),
+    ),
     Workload("lazy refcounts", image(lazy_refcounts=True, **SMALL), alone, allocate),
     Workload("lazy refcounts, snapshots", image(lazy_refcounts=True, **SMALL), alone, snapshots),
     Workload("amend refcount_bits", image(content=30 * KiB, **SMALL), alone, amend(refcount_bits=64)),
@@ -274,6 +282,13 @@ WORKLOADS: Final = (
     Workload("commit", overlay(**SMALL), over_base, commit, ("top", "base"), images=("top", "base")),
     Workload("rebase", overlay(**SMALL), over_base, rebase, ("top", "base"), images=("top", "base")),
     Workload("convert", together(image(**SMALL), image("source", content=100 * KiB)), alone, convert_into(), ("top", "source")),
+    Workload(
+        "convert, compressed",
+        together(image(**SMALL), image("source", content=100 * KiB)),
+        alone,
+        convert_into(compress="zlib"),
+        ("top", "source"),
+    ),
     Workload("repair", damaged, alone, repair, repairs=True),
     Workload("convert to new", image(content=100 * KiB), alone, convert_to_new),
     Workload(
