@@ -63,8 +63,18 @@ class Moment(NamedTuple):
 class Guests:
     """Guests of one disk that reads as `content` before; what fails is tried again until `stop`."""
 
-    def __init__(self, disk: blocklib.Disk, content: bytes | bytearray, count: int = 2, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        disk: blocklib.Disk,
+        content: bytes | bytearray,
+        count: int = 2,
+        *,
+        seed: int = 0,
+        journal: tuple[memoryview, memoryview] | None = None,
+    ) -> None:
+        """With a `journal` it has, for each guest, the requests that were begun and those that were acknowledged."""
         self._disk = disk
+        self._journal = journal
         self._content = bytes(content)
         self._stop = threading.Event()
         self._failures: list[BaseException] = []
@@ -82,10 +92,12 @@ class Guests:
             while not self._stop.is_set():
                 request, method = guest.invent()
                 guest.log.append(request)
+                self._note(0, guest, len(guest.log))
                 if not self._do(request, method):
                     guest.log.pop()  # whether it has happened is unknown: the test looks
                     guest.log.append(Request(request.offset, self._disk.read(request.offset, len(request.data))))
                 guest.done += 1
+                self._note(1, guest, guest.done)
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
@@ -93,6 +105,10 @@ class Guests:
             with self._changed:
                 self._failures.append(exc)
                 self._changed.notify_all()
+
+    def _note(self, which: int, guest: Guest, number: int) -> None:
+        if self._journal is not None:
+            self._journal[which][self.guests.index(guest)] = number
 
     def _do(self, request: Request, method: str) -> bool:
         """Whether it was done; False if it kept failing until the end."""
