@@ -154,8 +154,8 @@ class IntermediateCommit(Record, Task[CommitResult], frozen=False):
             if hidden > 0:  # behind the end of what lies between
                 written.write_zeroes(top.size, hidden, unmap=True)
                 written.flush()
+            self._leave()  # first: it may fail, and then nothing has changed
             shorten(overlay, self.base, self.backing_file)
-        self._leave()
         self._claim.release()
         return result
 

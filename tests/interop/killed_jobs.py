@@ -93,7 +93,7 @@ def main(kind: str, seed: int) -> None:
     for event in job.events():
         if event.progress.done and journal.phase < WORKING:
             journal.phase = WORKING
-        if event.status == "ready":
+        if event.status == "ready" and journal.phase < ENDING:
             journal.phase = ENDING
             job.cancel() if kind == "mirror-kept" else job.complete()
         elif event.status in ("waiting", "pending"):

@@ -66,6 +66,9 @@ KINDS: Final = {
     "mirror-incremental": Kind("mirror", "existing", "incremental"),
     "mirror-bitmap-never": Kind("mirror", "existing", "bitmap", (("bitmap_mode", "never"),)),
     "mirror-bitmap-always": Kind("mirror", "existing", "bitmap", (("bitmap_mode", "always"),)),
+    "commit": Kind("commit"),
+    "commit-base": Kind("commit", base=True),
+    "commit-below": Kind("commit", options=(("top", True),)),
     "backup": Kind("backup", "new"),
     "backup-zlib": Kind("backup", "new", options=(("compress", "zlib"),)),
     "backup-zstd": Kind("backup", "new", options=(("compress", "zstd"),)),
@@ -106,6 +109,8 @@ class _Case:
         """Where the target is."""
         self.fault: Fault | None = None
         self.states: set[str] = set()
+        self.completed = False
+        self.base: Any = None
         self.mend: Callable[[], object] = self._mend
         self.target: Any = None
         self.job: Any = None
@@ -115,7 +120,7 @@ class _Case:
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        depth = self.rng.choice([1, 2, 3]) if self.kind.verb != "stream" else 3
+        depth = self.rng.choice([1, 2, 3]) if self.kind.target else 3
         options = self.rng.choice([None, None, {"cluster_size": 4096}, {"extended_l2": True}, {"compat": "0.10"}])
         self.paths, model = make_chain(self.folder, depth, SIZE, options)
         with ExitStack() as stack:
@@ -212,6 +217,15 @@ class _Case:
             self.base = self.rng.choice(disk.chain()[1:]) if kind.base else None
             return jobs.stream(disk, base=self.base, on_error=policy, speed=speed)
         named: dict[str, Any] = dict(kind.options)
+        if kind.verb == "commit":
+            below = disk.chain()[1:]
+            self.base = below[0] if kind.base else below[-1]
+            if "top" in named:
+                named["top"] = below[0]
+            for end in ("source", "target"):
+                if self.end in (end, "full"):
+                    named[f"on_{end}_error"] = policy
+            return jobs.commit(disk, base=self.base, speed=speed, **named)
         if self.end != "source":
             named["on_target_error"] = policy
         if self.end != "target":
@@ -238,8 +252,11 @@ class _Case:
             return
         kinds = ("write", "flush") if self.policy == "report" else ("write",)
         self.fault = Fault(kinds, after, number, times)
-        if opened is not None or self.kind.verb == "stream":
-            put_fault(opened.node if opened is not None else disk.node, self.fault)
+        if opened is not None or not self.kind.target:
+            place = opened.node if opened is not None else disk.node
+            if self.kind.verb == "commit":
+                place = graph.chain(place)[1 if self.kind.base else -1]
+            put_fault(place, self.fault)
             return
         open_target = CopyTarget.open
 
@@ -292,7 +309,8 @@ class _Case:
                         guests.stop()
                 if self.ended_within is None:
                     self.ended_within = guests.now(), guests.now()
-                asked = _try(job.complete) if completes else _try(job.cancel)
+                asked = _try(job.complete if completes else job.cancel)
+                self.completed = asked and completes
 
     def _end(self) -> str:
         """ "done", "kept", "cancelled" or "failed", as it is allowed here."""
@@ -311,6 +329,8 @@ class _Case:
                 assert self.fault.hits
             assert expected == error.errno  # noqa: PT017
             return "failed"
+        if self.kind.verb == "commit":
+            return "done" if "ready" not in self.states or self.completed else "kept"
         return "done" if self.kind.verb != "mirror" or result.pivoted else "kept"
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
@@ -321,6 +341,9 @@ class _Case:
             if self.kind.verb == "stream":
                 below = names.index(Path(str(self.base.filename)).name) if self.base is not None else len(names)
                 names = names[:1] + names[below:]
+            elif self.kind.verb == "commit":
+                below = names.index(Path(str(self.base.filename)).name)
+                names = names[:1] * ("top" in dict(self.kind.options)) + names[below:]
             elif self.kind.verb == "mirror":
                 names = ["copy.qcow2", *{"top": names[1:], "none": names}.get(self.kind.sync, [])]
         self.names = names
@@ -353,7 +376,7 @@ class _Case:
         assert qemu_content(top, self.folder) == content
         if not (kind.target in ("ours", "qemu's", "existing", "open") and self.outcome == "done" and kind.verb == "mirror"):
             assert qemu_chain(top) == self.names
-        if kind.verb == "stream" or gone:
+        if not kind.target or gone:
             return
         if kind.verb == "mirror" and self.outcome in ("done", "kept") and kind.sync != "none":
             assert self.ended_within is not None
@@ -405,7 +428,7 @@ def _small_file_system(place: Path) -> Iterator[Callable[[], object]]:
 
 
 def _makes_sense(kind: Kind, event: str) -> bool:
-    return not (event.startswith("full") and (kind.verb == "stream" or kind.uses_bitmap or kind.sync in ("none", "top")))
+    return not (event.startswith("full") and (not kind.target or kind.uses_bitmap or kind.sync in ("none", "top")))
 
 
 CASES: Final = [(name, event) for name, kind in KINDS.items() for event in EVENTS if _makes_sense(kind, event)]
