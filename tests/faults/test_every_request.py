@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.campaign import FAULTS, Outcome, Workload, count_requests, run_one
 from tests.faults.workloads import WORKLOADS
+from tests.programs import find_program
 
 _OF_TRUNCATIONS = ("EIO", "ENOSPC")
 _STEP = 5
@@ -22,6 +23,7 @@ def campaign(workload: Workload, folder: Path, *, thorough: bool) -> list[Outcom
     made.mkdir()
     workload.make(made)
     outcomes = []
+    qemu_img = find_program("qemu-img")
     for part in workload.parts:
         for truncations in (False, True):
             faults = [fault for fault in FAULTS if not truncations or fault.name in _OF_TRUNCATIONS]
@@ -29,7 +31,10 @@ def campaign(workload: Workload, folder: Path, *, thorough: bool) -> list[Outcom
             for number in range(total) if thorough else range(len(workload.name) % _STEP, total, _STEP):
                 for fault in faults if thorough else [faults[number % len(faults)]]:
                     try:
-                        outcomes.append(run_one(workload, made, copy, part, fault, number, truncations=truncations))
+                        asked = qemu_img if thorough or number % 3 == 0 else None
+                        outcomes.append(
+                            run_one(workload, made, copy, part, fault, number, truncations=truncations, qemu_img=asked)
+                        )
                     except BaseException as exc:
                         kind = "truncation" if truncations else "request"
                         exc.add_note(f"{workload.name}: {fault.name} at {kind} {number} of {total} to {part}")
