@@ -17,7 +17,7 @@ import pytest
 
 import blocklib
 from blocklib.disk import Disk
-from blocklib.errors import BlocklibError, NbdError, RemoteProtocolError, StorageError
+from blocklib.errors import BlocklibError, NbdError, PoisonedError, RemoteProtocolError, StorageError
 from blocklib.nbd import wire
 from blocklib.nbd.engine import Closed, ContextsWanted, Export, ExportWanted, Ready, Terms
 from blocklib.nbd.engine_server import Request, ServerTransmission
@@ -525,7 +525,7 @@ def test_a_write_that_cannot_be_repeated_fails_everything_after_it(tmp_path: Pat
         for request in (lambda: disk.write(512, b"b" * 512), disk.flush, lambda: disk.read(0, 512)):
             with pytest.raises(StorageError, match="writes are lost"):
                 request()
-        with pytest.raises(StorageError, match="writes are lost"):
+        with pytest.raises(PoisonedError, match="a flush failed"):
             disk.close()
 
 
