@@ -11,6 +11,8 @@ import pytest
 
 import blocklib
 from blocklib import KiB, MiB, Reference, policy
+from blocklib.formats.qcow2 import data_file
+from blocklib.formats.qcow2.node import Qcow2Node
 from tests.api.images import PATTERN, make_disk, patch
 from tests.encrypted import LUKS, open_encrypted
 from tests.nodes import locked_bytes
@@ -306,3 +308,25 @@ def test_zeroing_a_part_of_an_encrypted_sector_leaves_the_rest_of_it(raw: bool, 
             disk.write_zeroes(start, length)
             content[start : start + length] = bytes(length)
         assert disk.read(0, disk.size) == content
+
+
+def test_what_is_written_while_its_cluster_is_given_back_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    blocklib.create(path, 1 << 20, format="qcow2", options={"data_file": "data"})
+    give_back = data_file.after_unmapping
+    with blocklib.open(path, "r+", format="qcow2", references="allow", discard="unmap") as disk:
+        disk.write(0, b"old" * 65536)
+
+        def late(node: Qcow2Node, offset: int, length: int) -> None:
+            disk.write(65536 + 100, b"new")  # between the entry and the space
+            give_back(node, offset, length)
+
+        monkeypatch.setattr(data_file, "after_unmapping", late)
+        for verb in ("discard", "zero"):
+            if verb == "discard":
+                disk.discard(0, 196608)
+            else:
+                disk.write_zeroes(0, 196608, unmap=True)
+            assert disk.read(0, 196608) == bytes(65636) + b"new" + bytes(196608 - 65639)
+            assert (tmp_path / "data").stat().st_blocks * 512 <= 65536
+    assert blocklib.check(path, format="qcow2").clean

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from blocklib.extents import KIND_BACKING, KIND_ZERO
 from blocklib.formats.qcow2 import layout
+from blocklib.formats.qcow2.cow import RangeTicket
 
 if TYPE_CHECKING:
     from blocklib.formats.qcow2.header import Header
@@ -41,8 +43,51 @@ def after_unmapping(node: Qcow2Node, offset: int, length: int) -> None:
 
     At once, since a later write goes to the same place: zeroed and not just discarded, for the entries may yet be lost.
     """
-    if is_external(node.header) and not is_raw(node.header) and node.punches_holes:
-        node.data.write_zeroes(offset, _inside(node, offset, length), unmap=True)
+    if not is_external(node.header) or is_raw(node.header) or not node.punches_holes:
+        return
+    slice_bytes = node.mapping.slice_entries << node.geometry.cluster_bits
+    end = offset + _inside(node, offset, length)
+    while offset < end:
+        stop = min(end, (offset // slice_bytes + 1) * slice_bytes)
+        _punch(node, offset, stop)
+        offset = stop
+
+
+def _punch(node: Qcow2Node, offset: int, end: int) -> None:
+    """Zero in the file what still is not mapped of a range that one L2 slice maps; who wants to write there waits.
+
+    A writer may have mapped some of it again since: its place is the same, and an encrypted zero would be noise to it.
+    """
+    bits = node.geometry.cluster_bits
+    claim = RangeTicket()
+    claim.first, claim.stop = offset >> bits, -(-end >> bits)
+    runs = node.retry(lambda: _unmapped(node, offset, end, claim))
+    try:
+        for start, n in runs:
+            node.data.write_zeroes(start, n, unmap=True)
+    finally:
+        with node.lock:
+            node.allocations.remove(claim)
+
+
+def _unmapped(node: Qcow2Node, offset: int, end: int, claim: RangeTicket) -> list[tuple[int, int]]:
+    """(guest offset, bytes) of what is not mapped, which stays so until `claim` is taken back.  Runs under the image's lock."""
+    mapping = node.mapping
+    node.allocations.wait_for_all(claim.first, claim.stop)
+    runs = []
+    slice_offset = mapping.slice_at(offset)
+    if slice_offset is None:
+        runs.append((offset, end - offset))
+    else:
+        table = mapping.cache.need(slice_offset)
+        while offset < end:
+            index = mapping.index_in_slice(offset)
+            kind, _child, _place, n, _flags = mapping.resolve(table, index, offset, end - offset, node.data)
+            if kind in (KIND_ZERO, KIND_BACKING):
+                runs.append((offset, n))
+            offset += n
+    node.allocations.add(claim)
+    return runs
 
 
 def _inside(node: Qcow2Node, offset: int, length: int) -> int:
