@@ -90,6 +90,7 @@ def backup(
         backing_format=backing_format,
         compress=compress,
     )
+    marks.copied_to(end)
     policies = on_source_error, on_target_error
     task = _Backup(disk, end, marks, sync, compress is not None, compress_level, policies, on_cbw_error == "break-snapshot")
     job = Job(

@@ -331,6 +331,11 @@ class NewImage:
         return self.backing is None and not self._is_device
 
     @property
+    def is_removed_after_failure(self) -> bool:
+        """Whether `remove` will remove something."""
+        return bool(self._made)
+
+    @property
     def name(self) -> str:
         """What is to be created, for people."""
         return os.fspath(self._target) if isinstance(self._target, (str, os.PathLike)) else "the target"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from blocklib import graph, status
 from blocklib.copy import CopyState
 from blocklib.disk import Disk
-from blocklib.errors import GraphConflictError, NameNotFoundError, ReadOnlyError, UsageError
+from blocklib.errors import BlocklibError, GraphConflictError, NameNotFoundError, ReadOnlyError, UsageError
 from blocklib.jobs.convert import NewImage
 from blocklib.jobs.ends import same_file
 from blocklib.opening import open_disk
@@ -116,6 +116,17 @@ class CopyTarget:
             opened, self._opened = self._opened, None
             opened.close()
 
+    def keeps_what_it_has(self) -> bool:
+        """Whether what was copied so far stays although the job has failed: nobody removes it, and it is durable."""
+        target = self._opened if self._opened is not None else self._target
+        if not isinstance(target, Disk) or (self._new is not None and self._new.is_removed_after_failure):
+            return False
+        try:
+            target.flush()
+        except BlocklibError:  # the job has failed already, and says why
+            return False
+        return True
+
     def remove(self) -> None:
         """Remove what was made here."""
         if self._new is not None:
@@ -178,6 +189,7 @@ class Marks:
         self._bitmap: Bitmap | None = None
         self._mode: BitmapMode = "on-success"
         self._bits: DirtyBits | None = None
+        self._target: CopyTarget | None = None
         if sync not in ("incremental", "bitmap"):
             if bitmap is not None or mode is not None:
                 raise UsageError(f"sync={sync} uses no bitmap")
@@ -195,6 +207,10 @@ class Marks:
         self._bitmap = disk.bitmaps[bitmap]
         if self._bitmap.busy:
             raise GraphConflictError(f"the bitmap {bitmap!r} is in use by another job", other=bitmap)
+
+    def copied_to(self, target: CopyTarget) -> None:
+        """Where what is marked will be copied to."""
+        self._target = target
 
     def begin(self, state: CopyState) -> None:
         """Take what the bitmap marks, which from now on marks anew.  The disk is drained."""
@@ -218,6 +234,6 @@ class Marks:
         bits, self._bits = self._bits, None
         if self._bitmap is None or bits is None:
             return
-        if not succeeded and self._mode == "always":
+        if not succeeded and self._mode == "always" and self._target is not None and self._target.keeps_what_it_has():
             bits = state.remaining(bits)
         self._bitmap.end_copy(None if succeeded and self._mode != "never" else bits)

@@ -77,6 +77,7 @@ def mirror(
         raise UsageError(f"a granularity is a power of two from 512 bytes to 64 MiB, not {granularity}")
     marks = Marks(disk, sync, bitmap, bitmap_mode)
     end = CopyTarget(disk, target, sync, format, options or {}, existing=existing, overwrite=overwrite, replaces=replaces)
+    marks.copied_to(end)
     task = _Mirror(
         disk,
         end,

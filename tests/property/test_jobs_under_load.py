@@ -171,6 +171,8 @@ class _Case:
                 self.target = disk
                 if kind.target == "open":
                     yield disk
+                    if self.fault is not None and self.outcome == "failed":  # perhaps in a flush
+                        disk.abandon()
                     return
                 with nbd.Server(disk, listen=f"nbd+unix:///?socket={self.folder / 'ours.sock'}") as server:
                     self.target = server.uri
@@ -201,12 +203,12 @@ class _Case:
         finally:
             disturbing.join(60)
             assert not disturbing.is_alive()
+            if self.fault is not None:
+                self.fault.mended = True
         if self.kind.sync != "none" or self.kind.verb == "mirror":
             if self.ended_within is None:
                 self.ended_within = self.before, guests.now()
             self.ended_within = self.ended_within[0], guests.now()
-            if self.fault is not None:
-                self.fault.mended = True
             guests.wait_for(5)
 
     def _start(self, disk: blocklib.Disk) -> Any:

@@ -239,6 +239,43 @@ def test_a_stream_that_cannot_read_does_what_it_was_told_to(tmp_path: Path, poli
         assert disk.read(0, SIZE) == content
 
 
+@pytest.mark.parametrize("loss", ["flush", "removed", "nothing"])
+def test_a_bitmap_forgets_only_what_a_failed_job_has_left_in_its_target(tmp_path: Path, loss: str) -> None:
+    with _disks(tmp_path) as (source, target, content):
+        bitmap = source.bitmaps.add("changes")
+        source.write(0, content)
+        with pytest.MonkeyPatch.context() as patch:
+            where: Any = target
+            if loss == "removed":
+                where = tmp_path / "copy.qcow2"
+                open_target = CopyTarget.open
+
+                def open_and_break(end: CopyTarget, size: int) -> blocklib.Disk:
+                    made = open_target(end, size)
+                    put_fault(made.node, Fault(("flush",), 0, errno.EIO, 1))
+                    return made
+
+                patch.setattr(CopyTarget, "open", open_and_break)
+            elif loss == "flush":
+                _fail(target, "flush", errno.EIO)
+            else:
+                put_fault(target.node, Fault(("write",), 2, errno.EIO, 1))
+            job = jobs.backup(
+                source,
+                where,
+                format=None if where is target else "qcow2",
+                sync="bitmap",
+                bitmap="changes",
+                bitmap_mode="always",
+                speed=8 * MiB if loss == "nothing" else 0,
+            )
+        with pytest.raises(StorageError):
+            job.wait(timeout=60)
+        assert bitmap.count == SIZE or (loss == "nothing" and bitmap.count)
+        if loss == "flush":
+            target.abandon()
+
+
 def test_an_unknown_policy_is_refused_at_once(tmp_path: Path) -> None:
     with _disks(tmp_path) as (source, target, _content):
         with pytest.raises(UsageError, match="on_target_error"):
