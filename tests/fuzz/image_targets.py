@@ -280,7 +280,7 @@ class Written:
     def _range(self, most: int) -> tuple[int, int]:
         size = self.disk.size
         kind = self._source.byte()
-        length = min(self._source.short() % most + 1, size)
+        length = max(min(self._source.short() % most + 1, size), 1)
         room = min(size, _MOST_READ) - length
         offset = self._source.short() << 2 if kind & 3 else self._source.byte() << self._image.cluster_bits
         offset = offset % (max(room, 0) + 1)
