@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ import blocklib
 from blocklib import KiB, Secret, jobs
 from blocklib.crypto import luks
 from blocklib.formats.qcow2.node import Qcow2Node
+from blocklib.node import Node
 from tests.cli.running import CommandLine
-from tests.crash.recording import RecordingNode, crash_sites
+from tests.crash.host import Host
+from tests.crash.recording import Drive
+from tests.crash.replay import left_by, states
 from tests.crash.workload import disk_on
 from tests.encrypted import AES, CODE, LUKS, OBJECT, OPEN, image_opts, open_encrypted
 from tests.programs import Program
@@ -166,7 +168,7 @@ def test_a_wrong_or_missing_secret_changes_nothing() -> None:
     assert Path("disk.qcow2").read_bytes() == before
 
 
-def _on(file: RecordingNode, mode: str, code: str = CODE) -> blocklib.Disk:
+def _on(file: Node, mode: str, code: str = CODE) -> blocklib.Disk:
     options: Any = {"encrypt.key-secret": Secret(code)}
     return disk_on(file, writable=mode == "r+", options=options)
 
@@ -183,20 +185,20 @@ def test_a_crash_leaves_the_slots_before_or_after(options: dict[str, object]) ->
     """Whatever was not flushed is lost or torn: the first secret opens the image, and no slot says what is not so."""
     _amend("encrypt.state=active,encrypt.new-secret=w,encrypt.iter-time=1,encrypt.keyslot=1")
     start = Path("disk.qcow2").read_bytes()
-    file = RecordingNode(data=start)
-    with _on(file, "r+") as disk:
+    host = Host()
+    file = host.add("disk", start)
+    with _on(file.opened(), "r+") as disk:
         jobs.amend(disk, options).wait()  # type: ignore[arg-type]
-    rnd = random.Random("slots")
+    recording = host.recording()
     seen = set()
-    for site in crash_sites(start, file.log, list(range(len(file.log) + 1))):
-        for image in site.outcomes(rnd, 4):
-            with _on(RecordingNode(data=image), "r") as crashed:
-                assert crashed.read(0, 4) == b"data"
-                slots = crashed.info().format_specific["encrypt"]["slots"]
-                active = tuple(index for index, slot in enumerate(slots) if slot["active"])
-            seen.add(active)
-            for index, code in ((1, "wrong"), (6, NEW)):
-                if index in active:
-                    with _on(RecordingNode(data=image), "r", code) as crashed:
-                        assert crashed.read(0, 4) == b"data"
+    for _state, left in left_by(recording, "slots", states(recording, "slots", 100)):
+        with _on(Drive(data=left["disk"]), "r") as crashed:
+            assert crashed.read(0, 4) == b"data"
+            slots = crashed.info().format_specific["encrypt"]["slots"]
+            active = tuple(index for index, slot in enumerate(slots) if slot["active"])
+        seen.add(active)
+        for index, code in ((1, "wrong"), (6, NEW)):
+            if index in active:
+                with _on(Drive(data=left["disk"]), "r", code) as crashed:
+                    assert crashed.read(0, 4) == b"data"
     assert seen == ({(0, 1), (0, 1, 6)} if "encrypt.new-secret" in options else {(0, 1), (0,)})

@@ -314,7 +314,7 @@ def test_a_damaged_image_is_refused_and_stays_as_it_is(
     host = broken(what)
     before = bytes(host.data)
     # Without checks that would meet the damage earlier and mark the image.
-    disk = disk_on(host, options={"overlap-check": "none"})  # type: ignore[dict-item]
+    disk = disk_on(host, options={"overlap-check": "none"})
     with pytest.raises((ImageCorruptError, ImageLimitError)) as caught:
         if verb == "create":
             disk.snapshots.create("more")
