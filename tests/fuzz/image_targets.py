@@ -287,7 +287,7 @@ class Written:
         if kind & 4:
             offset, length = offset & ~511, max(length & ~511, min(512, size))
         if kind & 8:
-            offset = size - length
+            offset = max(size - length, 0)
         return offset, length
 
     def _set(self, offset: int, data: bytes) -> None:
@@ -306,7 +306,7 @@ class Written:
         n = self._source.byte() % 40 + 1
         start, length = self._range(3000)
         size = self.disk.size
-        offsets = [(start + i * (length + self._source.byte())) % (size - length + 1) for i in range(n)]
+        offsets = [(start + i * (length + self._source.byte())) % (max(size - length, 0) + 1) for i in range(n)]
         offsets = list({offset // length: offset // length * length for offset in offsets}.values())
         from array import array
 
