@@ -28,7 +28,7 @@ NO_CACHE = Option(("-n", "--nocache"), None, "bypass the host's page cache: shor
 COPY_ON_READ = Option(("-C", "--copy-on-read"), None, "copy what is read from below into the image")
 NATIVE_AIO = Option(("-k", "--native-aio"), None, "short for -i native")
 AIO = Option(("-i", "--aio"), "MODE", "how requests made together are kept in flight: threads (default), native, io_uring")
-CACHE = Option(("-t", "--cache"), "MODE", "none, writeback (default), writethrough, directsync or unsafe")
+CACHE = Option(("-t", "--cache"), "MODE", "none, writeback, writethrough (default), directsync or unsafe")
 DISCARD = Option(("-d", "--discard"), "MODE", "what becomes of discards: ignore, or unmap (default)")
 
 OPENING = (READ_ONLY, SNAPSHOT, NO_CACHE, COPY_ON_READ, NATIVE_AIO, AIO, CACHE, DISCARD)
@@ -73,7 +73,7 @@ def opening_of(given: Given, target: Target, image_format: str | None, options: 
         format=image_format,
         options=options,
         write=not given.has("-r"),
-        cache=cache_mode(given, "-t", "none" if given.has("-n") else "writeback"),
+        cache=cache_mode(given, "-t", "none" if given.has("-n") else "writethrough"),
         discard=_DISCARD_MODES[discard],
         force_share=given.has("-U"),
         snapshot=given.has("-s"),
