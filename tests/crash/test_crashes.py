@@ -248,7 +248,7 @@ _barrier, _flush = WriteBack.barrier, graph.Edge.flush
         (graph.Edge, "flush", _no_flush_of_files, "bitmaps"),
         (graph.Edge, "flush", _no_flush_of_files, "a data file"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),  # without addresses, which differ between processes
 )
 def test_a_barrier_that_is_missing_is_missed(
     owner: Any, name: str, mutant: Any, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
