@@ -59,13 +59,20 @@ def run(session: Session, given: Given) -> int:
 
 
 def _chain(session: Session, given: Given, name: Name) -> Iterator[ImageInfo]:
-    """The image and all below it.  Raises Failure where the chain comes back to an image it has passed."""
+    """The image and all below it.
+
+    Raises Failure where the chain comes back to an image it has passed, ImageLimitError where it is too deep: by links, one
+    file can have any number of names.
+    """
+    from blocklib.policy import Limits
+
     seen: set[str] = set()
     while True:
         session.check()
         info = _info(given, name)
         if info.filename in seen:
             raise Failure(f"the backing chain comes back to {info.filename}")
+        Limits().check("chain_depth", len(seen), structure="backing chain", node=info.filename)
         seen.add(info.filename)
         yield info
         if info.backing_filename is None:

@@ -40,8 +40,9 @@ def run(session: Session, given: Given) -> int:
     listing = given.has("-l") or not any(given.has(action) for action in _ACTIONS)
     if given.has("-U") and not listing:
         raise Failure("-U is for reading, and this would write the image")
+    image = name_of(given, filename)
     # What is below the image is not looked at: references that cannot be opened are no obstacle.
-    with open_image(session, given, name_of(given, filename), write=not listing, alone=True) as disk:
+    with open_image(session, given, image, write=not listing, alone=True, with_data_file=not listing) as disk:
         if given.has("-l"):
             _list(disk)
         for name in given.all("-c"):

@@ -35,7 +35,7 @@ MOST_MEMORY: Final = 256 * MiB
 """What a command may have in memory, the interpreter, numpy and the kernels included (they are about half of it)."""
 MOST_ADDRESSES: Final = 2048 * MiB
 """RLIMIT_AS: what keeps a bomb from taking the machine with it.  That it strikes shows as a MemoryError."""
-PATIENCE: Final = 15.0
+PATIENCE: Final = 60.0
 """Wall-clock seconds after which a command hangs: it may wait for a processor, but not for ever."""
 _TEXT_KEPT: Final = 4000
 
@@ -159,6 +159,7 @@ def _child(request: dict[str, Any], result: int, streams: tuple[int, int]) -> in
     resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from blocklib.cli import main as command_line
+    from blocklib.cli.session import Failure
 
     ours = _python_folders()
     opened: list[str] = []
@@ -174,8 +175,10 @@ def _child(request: dict[str, Any], result: int, streams: tuple[int, int]) -> in
 
     def remember(session: Any, exc: Exception) -> int:
         nonlocal error
+        shown = exc.__cause__ if type(exc) is Failure and exc.__cause__ is not None else exc
         names = ("structure", "host_offset", "expected", "found", "features", "errno")
-        error = {"kinds": [kind.__name__ for kind in type(exc).__mro__]} | {name: getattr(exc, name, None) for name in names}
+        error = {name: getattr(shown, name, None) for name in names}
+        error["kinds"] = [kind.__name__ for kind in type(shown).__mro__]
         return report(session, exc)
 
     command_line._report = remember

@@ -270,6 +270,10 @@ class Scan:
         self.add(clusters, None if times == 1 else weights)
         astride = (l2_offsets & np.uint64(self.geometry.cluster_mask)) != 0
         self.add(clusters[astride] + 1, None if times == 1 else weights[astride])
+        if not astride.any() and self.n_clusters <= l2_offsets.size:  # they cannot all be different
+            uses = np.bincount(clusters)
+            distinct = np.flatnonzero(uses).astype(np.uint64)
+            l2_offsets, weights = distinct << bits, uses[distinct].astype(np.uint64) * np.uint64(times)
         self._l2_uses.append((l2_offsets, weights, weights if active else np.zeros_like(weights)))
         self._n_pending += l2_offsets.size
         if self._n_pending > _PENDING:
