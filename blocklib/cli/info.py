@@ -20,7 +20,7 @@ from blocklib.cli.common import (
     wants_json,
 )
 from blocklib.cli.getopt import Given, Option, Syntax
-from blocklib.cli.output import fact_lines, json_text, printable
+from blocklib.cli.output import fact_lines, json_parts, printable
 from blocklib.cli.session import Failure, Session
 from blocklib.sizes import format_size
 
@@ -52,9 +52,15 @@ def run(session: Session, given: Given) -> int:
     infos = list(_chain(session, given, name)) if whole_chain else [_info(given, name)]
     if as_json:
         described = [json_of(info) for info in infos]
-        print(json_text(described if whole_chain else described[0]))
+        for part in json_parts(described if whole_chain else described[0]):
+            print(part, end="")
+        print()
     else:
-        print("\n\n".join("\n".join(human_lines(info)) for info in infos))
+        for number, info in enumerate(infos):
+            if number:
+                print()
+            for line in human_lines(info):  # one by one: the names of snapshots may be 64 MiB of text
+                print(line)
     return 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _INDENT = 4
+_WORDS = 1 << 10
+"""Names, numbers and signs of JSON that are printed together."""
 # What would move the cursor, change colours or reorder text: C0 and C1 controls, line separators, bidirectional marks.
 _UNSAFE = frozenset(
     [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -32,9 +34,17 @@ def print_error(program: str, text: str) -> None:
 
 def json_text(value: Any) -> str:
     """`value` as JSON in ASCII, four spaces a level.  Bytes of a name that are no UTF-8 become U+FFFD, as in qemu-img."""
-    import json
+    return "".join(json_parts(value))
 
-    return json.dumps(_without_surrogates(value), indent=_INDENT)
+
+def json_parts(value: Any) -> Iterator[str]:
+    """`json_text` in parts, for what an image can make long."""
+    import json
+    from itertools import islice
+
+    words = json.JSONEncoder(indent=_INDENT).iterencode(_without_surrogates(value))
+    while part := "".join(islice(words, _WORDS)):
+        yield part
 
 
 def _without_surrogates(value: Any) -> Any:

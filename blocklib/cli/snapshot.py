@@ -57,7 +57,9 @@ def run(session: Session, given: Given) -> int:
 def _list(disk: Disk) -> None:
     infos = disk.info().snapshots
     if infos:
-        print("\n".join(["Snapshot list:", *snapshot_table(infos)]))
+        print("Snapshot list:")
+        for line in snapshot_table(infos):
+            print(line)
 
 
 def find(disk: Disk, text: str) -> InternalSnapshot:

@@ -114,13 +114,18 @@ class TableReader:
         self._start = header.snapshots_offset
         self._node = node
         self._data = bytearray()
+        self._gone = 0
+        """Where in the table `_data` begins: what is before it has been read."""
         self._position = 0
 
     def next(self, index: int) -> Snapshot:
         position = self._position
+        if position - self._gone > _PIECE:  # names and ids may add up to 64 MiB, once is enough of them
+            del self._data[: position - self._gone]
+            self._gone = position
         self._need(index, position + _ENTRY.size)
         l1_offset, l1_size, id_length, name_length, seconds, nanoseconds, clock, state_size, extra_length = (
-            _ENTRY.unpack_from(self._data, position)
+            _ENTRY.unpack_from(self._data, position - self._gone)
         )
         if extra_length > layout.MAX_SNAPSHOT_EXTRA_BYTES:
             found = f"{extra_length} bytes"
@@ -134,27 +139,29 @@ class TableReader:
             expected = f"a table of at most {layout.MAX_SNAPSHOT_TABLE_BYTES} bytes"
             raise self._bad(index, expected, f"{_padded(end)} bytes", ImageLimitError)
         self._position = _padded(end)
-        data = self._data
         return Snapshot(
             l1_offset,
             l1_size,
-            bytes(data[id_start:name_start]),
-            bytes(data[name_start:end]),
+            self._part(id_start, name_start),
+            self._part(name_start, end),
             seconds,
             nanoseconds,
             clock,
             state_size,
-            bytes(data[start:id_start]),
+            self._part(start, id_start),
         )
+
+    def _part(self, start: int, end: int) -> bytes:
+        return bytes(self._data[start - self._gone : end - self._gone])
 
     def _need(self, index: int, end: int) -> None:
         """Have the table in memory up to `end`."""
         if self._start + end > self._file.size:
             raise self._bad(index, f"an entry inside the file of {self._file.size} bytes", f"one that ends at {end}")
-        if end > len(self._data):
-            length = min(max(_PIECE, end - len(self._data)), self._file.size - self._start - len(self._data))
-            piece = bytearray(length)
-            self._file.read(self._start + len(self._data), memoryview(piece), "metadata")
+        known = self._gone + len(self._data)
+        if end > known:
+            piece = bytearray(min(max(_PIECE, end - known), self._file.size - self._start - known))
+            self._file.read(self._start + known, memoryview(piece), "metadata")
             self._data += piece
 
     def _bad(
