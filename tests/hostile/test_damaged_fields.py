@@ -15,7 +15,7 @@ import pytest
 from tests.hostile.cases import KINDS, Workshop
 from tests.hostile.commands import COMMANDS, ON_LINUX, Verdict
 
-SLICE = 8
+SLICE = 16
 """One case of so many is taken, with one command each."""
 ALWAYS = ("info", "map", "check", "convert to raw", "check -r all", "read", "write")
 OTHERS = tuple(name for name in COMMANDS if name not in ALWAYS)
