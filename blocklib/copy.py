@@ -62,11 +62,6 @@ class CopyState:
             yield found
             position = sum(found)
 
-    def wait_for_marks(self, seconds: float) -> None:
-        """Return once something is to be copied, or after so long."""
-        with self._changed:
-            self._changed.wait_for(self._bits.any, seconds)
-
     def remaining(self, bits: DirtyBits) -> DirtyBits:
         """What of `bits` is still to be copied; what lies in a piece with such a part counts."""
         left = DirtyBits(bits.size, bits.granularity)
@@ -108,11 +103,20 @@ class CopyState:
 
         What was not copied, because it raised, is to be copied still, and is `torn`.
         """
+        with self.taken(offset, length) as taken:
+            for start, n in taken:
+                copy(start, n)
+
+    @contextmanager
+    def taken(self, offset: int, length: int) -> Iterator[list[tuple[int, int]]]:
+        """Reserve the pieces that a range touches; what is to be copied of them, (offset, length) each, ascending.
+
+        What was not copied when the block raises is to be copied still, and is `torn`.
+        """
         with self.reserved(offset, length):
             taken = self.take(offset, length)
             try:
-                for start, n in taken:
-                    copy(start, n)
+                yield taken
             except BaseException:
                 with self._changed:
                     if self._torn is None:

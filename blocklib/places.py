@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blocklib import status
@@ -38,6 +39,7 @@ class Places:
         self._links = links or []
         self._writable = [link.node for link in self._links if link.node.tracker is not None]
         self._layouts = [node.layout() for node in self._writable]
+        self._are_pinned = False
 
     def remember(self, windows: Iterator[Rows]) -> Iterator[Rows]:
         """The same, of the chain that this is for, in which every row is remembered for some time."""
@@ -56,19 +58,39 @@ class Places:
         """
         if not self._windows or not self._are_known:
             return runs
-        entered = 0
-        try:
-            for node in self._writable:  # what they free from now on is not given to anybody else before we leave
-                assert node.tracker is not None
-                node.tracker.enter()
-                entered += 1
-            if not self._hold(top):
+        with self._inside():
+            if not self._are_pinned and not self._hold(top):
                 self._are_known = False
                 return runs
             moves: list[_Moves] = [[] for _ in self._links]
             left = [run for run in runs if not self._find(*run, moves)]
             done = [_read_all(link.data, found) for link, found in zip(self._links, moves, strict=True)]
             return left if all(done) else runs
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """What is looked up inside the block is read where it was then, whoever writes to the images meanwhile.
+
+        That is no longer what the disk reads as where it was written since.  One thread, inside a request to the chain.
+        """
+        with self._inside():
+            self._are_pinned = True
+            try:
+                yield
+            finally:
+                self._are_pinned = False
+                self._windows = ()
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """What the images free from now on is not given to anybody else before the end of the block."""
+        entered = 0
+        try:
+            for node in self._writable:
+                assert node.tracker is not None
+                node.tracker.enter()
+                entered += 1
+            yield
         finally:
             for node in self._writable[:entered]:
                 assert node.tracker is not None

@@ -303,7 +303,7 @@ def _zero_from(node: Node, below: Node | None) -> int:
 
 def _runs(node: Node, offset: int, length: int) -> Rows:
     """What one image says of a range, of as much of it as there is room for."""
-    rows = Rows(_MANY_ROWS)
+    rows = Rows(min(_MANY_ROWS, 2 * node.table_entries(offset, length) + _FEW_ROWS))
     node.resolve_rows(offset, length, rows)
     if node.is_leaf:
         return rows

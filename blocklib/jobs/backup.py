@@ -192,7 +192,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
         copied = 0
         while True:
             copied += self._copy(control, errors, state, source, writer)
-            rest = DirtyCopy(control, state, source, writer)
+            rest = DirtyCopy(control, state, source, writer, unit=state.granularity)
             is_done = errors.attempt(partial(self._complete, rest, target))
             copied += rest.bytes_read
             if is_done:
@@ -246,6 +246,7 @@ class _Backup(Record, Task[BackupResult], frozen=False):
                 target,
                 block=state.granularity if self.end.is_zero else 0,
                 zero_known=self.end.is_zero,
+                unit=state.granularity,
                 compression=compression,
             )
             errors.attempt(copy.sweep)

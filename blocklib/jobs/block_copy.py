@@ -54,7 +54,7 @@ class Compression(NamedTuple):
     write: Callable[[int, memoryview, Packed, int], None]
 
 
-class _Write(NamedTuple):
+class Write(NamedTuple):
     offset: int
     length: int
     data: memoryview | None  # None: zeroes
@@ -150,11 +150,11 @@ class BlockCopy:
         other = buffer[self._piece :]
         if self._shown is not None:
             _read_runs(self._shown, [(start, other[at : at + n]) for start, n, what, at in piece.runs if what == COMPARE])
-        writes: list[_Write] = []
+        writes: list[Write] = []
         for offset, length, what, at in piece.runs:
             view = buffer[at : at + length]
             if what == ZERO:
-                writes.append(_Write(offset, length, None))
+                writes.append(Write(offset, length, None))
             elif what == COPY:
                 self._add_writes(writes, offset, view)
             else:
@@ -173,7 +173,7 @@ class BlockCopy:
             self.bytes_written += sum(write.length for write in writes if write.data is not None)
         self._control.advance(piece.length)
 
-    def _packed(self, writes: list[_Write], index: int) -> list[_Write]:
+    def _packed(self, writes: list[Write], index: int) -> list[Write]:
         """The same writes, with what the compressor makes of their data, as the piece of this number."""
         if self._compression is None:
             return writes
@@ -181,39 +181,29 @@ class BlockCopy:
         packed = iter(self._compression.compressor.compress_piece(index, parts))
         return [write if write.data is None else write._replace(packed=next(packed)) for write in writes]
 
-    @staticmethod
-    def zeroes(offset: int, length: int) -> _Write:
-        """A write of zeroes."""
-        return _Write(offset, length, None)
-
-    def _add_writes(self, writes: list[_Write], offset: int, view: memoryview) -> None:
+    def _add_writes(self, writes: list[Write], offset: int, view: memoryview) -> None:
         """Plan the writing of `view`, without its zeroes."""
         if not self._drop_zeroes:
-            writes.append(_Write(offset, len(view), view))
+            writes.append(Write(offset, len(view), view))
             return
         done = 0
         for first, last in self._scanner.data_parts(view, offset):
             if done < first:
-                writes.append(_Write(offset + done, first - done, None))
-            writes.append(_Write(offset + first, last - first, view[first:last]))
+                writes.append(Write(offset + done, first - done, None))
+            writes.append(Write(offset + first, last - first, view[first:last]))
             done = last
         if done < len(view):
-            writes.append(_Write(offset + done, len(view) - done, None))
+            writes.append(Write(offset + done, len(view) - done, None))
 
-    def _write(self, writes: list[_Write], placed: Callable[[], None]) -> None:
+    def _write(self, writes: list[Write], placed: Callable[[], None]) -> None:
         """Do all of `writes`; `placed` may be called before the end, when those of another piece may begin."""
         runs: list[tuple[int, memoryview]] = []
         for offset, length, data, packed in writes:
             if data is not None and packed is None:
                 runs.append((offset, data))
-                continue
-            if data is None and self._zero_known:
-                continue
-            if runs:
-                self._target.write_runs(runs, placed=_later)
-                runs = []
-            if data is None:
-                self._target.write_zeroes(offset, length, unmap=self._unmap)
+            elif data is None:
+                if not self._zero_known:
+                    self._target.write_zeroes(offset, length, unmap=self._unmap)
             elif packed is not None and self._compression is not None:
                 self._compression.write(offset, data, packed, self._compression.compressor.unit)
         if runs:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from blocklib import graph
 from blocklib.copy import CopyState
 from blocklib.errors import BlocklibError, OutOfRangeError
+from blocklib.jobs.convert import SPARSE_SIZE
 from blocklib.jobs.dirty_copy import CopiedImage, DirtyCopy, ErrorPolicy, Errors, Placement, plain_errors, reading
 from blocklib.jobs.tops import MirrorTop, Target
 from blocklib.sizes import KiB, MiB
@@ -96,7 +97,7 @@ class Convergence:
         *,
         base: Node | None = None,
         blocking: bool = False,
-        granularity: int = DEFAULT_GRANULARITY,
+        granularity: int | None = None,
         unmap: bool = True,
     ) -> None:
         self._job = job
@@ -120,9 +121,10 @@ class Convergence:
         target = self._target = self._end.open(top.size)
         if target.size < top.size:
             raise OutOfRangeError(f"the target has {target.size} bytes, the disk {top.size}")
-        # A cluster of a target over a backing file, which is not open, is copied as a whole or not at all.
-        unit = (target.node.cluster_size() or 1) if self._end.has_backing else 1
-        state = self._state = CopyState(top.size, max(self._granularity, unit))
+        granularity = self._granularity or max(DEFAULT_GRANULARITY, target.node.data_unit() or 1)
+        if self._end.has_backing:  # a cluster over a backing file, which is not open, is copied as a whole or not at all
+            granularity = max(granularity, target.node.cluster_size() or 1)
+        state = self._state = CopyState(top.size, granularity)
         source = self._source = CopiedImage(top, self._job, self._base)
         self._begin(control, state, source, target)
         errors = Errors(control, *self._policies)
@@ -133,7 +135,7 @@ class Convergence:
     def _begin(self, control: Control, state: CopyState, source: CopiedImage, target: Copy) -> None:
         """From now on what is written is marked, or copied."""
         top = self._top
-        around = DirtyCopy(control, state, source, target, unmap=self._unmap)
+        around = self._new_copy(control, state, source, target)
         self._filter = MirrorTop(
             self._job,
             top.filename,
@@ -162,7 +164,7 @@ class Convergence:
                 ending = ready and (control.completing or control.keeping)
             if ending and left <= _SMALL_REST:
                 # Here an error may still stop the job, or make it try again; in `finalize` it is too late for that.
-                rest = DirtyCopy(control, state, source, target, unmap=self._unmap)
+                rest = self._new_copy(control, state, source, target)
                 if errors.attempt(partial(self._equal, rest, target)):
                     return Ended(copied + rest.bytes_read, control.completing)
                 copied += rest.bytes_read
@@ -170,16 +172,26 @@ class Convergence:
                 continue
             control.set_total(done + left)
             if left:
-                block = self._granularity if zero_known else 0
-                copy = DirtyCopy(control, state, source, target, block=block, zero_known=zero_known, unmap=self._unmap)
+                copy = self._new_copy(control, state, source, target, zero_known=zero_known)
                 swept = errors.attempt(copy.sweep) or swept
                 done += copy.bytes_done
                 copied += copy.bytes_read
                 zero_known = False  # what is copied again may have been something else before
             else:
                 control.pause_point()
-                state.wait_for_marks(_IDLE_SECONDS)
+                with control.changed:  # who steers the job wakes it at once; what is written meanwhile can wait
+                    if not (control.completing or control.keeping or control.stop_requested):
+                        control.clock.wait(control.changed, _IDLE_SECONDS)
             self._raise_failures(errors)
+
+    def _new_copy(
+        self, control: Control, state: CopyState, source: CopiedImage, target: Copy, *, zero_known: bool = False
+    ) -> DirtyCopy:
+        unit = target.node.data_unit() or 1
+        block = max(unit, SPARSE_SIZE) if zero_known else 0
+        return DirtyCopy(
+            control, state, source, target, block=block, zero_known=zero_known, unit=unit, unmap=self._unmap
+        )
 
     def _equal(self, rest: DirtyCopy, target: Copy) -> None:
         """Make both equal for a moment, in which nobody writes."""
@@ -205,10 +217,10 @@ class Convergence:
         copied = 0
         with plain_errors():
             while state.count() > _SMALL_REST:
-                copy = DirtyCopy(control, state, source, target, unmap=self._unmap)
+                copy = self._new_copy(control, state, source, target)
                 copy.sweep()
                 copied += copy.bytes_read
-            rest = DirtyCopy(control, state, source, target, unmap=self._unmap)
+            rest = self._new_copy(control, state, source, target)
             with graph.alone(self._top):
                 if state.any():
                     rest.finish()

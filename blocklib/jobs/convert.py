@@ -236,7 +236,7 @@ class _Convert(Record, Task[ConvertResult]):
             runs = without_small_zeroes(source.runs(), block)
         else:
             runs = coalesced((start, n, COPY) for start, n, _what in source.runs())
-        copy.run(in_units(runs, unit) if unit > 1 else runs)
+        copy.run(in_units(runs, unit))
         return copy
 
     def _compressor(self, target: Disk) -> Compressor:

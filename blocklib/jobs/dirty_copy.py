@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar, get_args
 
 from blocklib import graph, plan, status
+from blocklib._fast.extents import DEPTH_SHIFT, actions
 from blocklib.errors import BlocklibError, StorageError, UsageError
-from blocklib.jobs.block_copy import BlockCopy, Compression, Packed, Writer
+from blocklib.extents import FLAG_ZERO
+from blocklib.jobs.block_copy import BlockCopy, Compression, Packed, Write, Writer
 from blocklib.jobs.control import Control
-from blocklib.jobs.runs import COPY, PIECE, SKIP, ZERO, Piece, Run, in_units
+from blocklib.jobs.runs import COPY, PIECE, SKIP, ZERO, Piece, Run, in_units, zipped
 from blocklib.node import CONSISTENT_READ
+from blocklib.places import Places
 from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ ErrorPolicy: TypeAlias = Literal["report", "ignore", "enospc", "stop"]
 until it is resumed, and then tries again."""
 
 _RETRY_SECONDS: Final = 0.05
+_WHOLE: Final = (COPY, ZERO, COPY, ZERO)
+"""What to do, by what is known of a run: see `actions`."""
 
 
 def _nothing() -> None:
@@ -73,7 +78,7 @@ class CopiedImage:
 
     def __init__(self, node: Node, name: str, base: Node | None = None) -> None:
         self.node = node
-        self._base = base
+        self._depth = graph.chain(node).index(base) if base is not None else None
         self.tracker = RequestTracker()
         with graph.Transaction() as change:
             self.edge = change.attach(
@@ -88,13 +93,12 @@ class CopiedImage:
     def readinto(self, offset: int, buffer: memoryview, /) -> None:
         reading(lambda: plan.read(self.node, offset, buffer))
 
-    def runs(self, offset: int, length: int) -> list[Run]:
-        """What the range reads as now, COPY or ZERO; SKIP for what the base, or what is below it, holds."""
-        absent = COPY if self._base is None else SKIP
-        return [
-            (extent.offset, extent.length, ZERO if extent.zero else COPY if extent.present else absent)
-            for extent in reading(lambda: list(status.extents(self.node, offset, length, self._base)))
-        ]
+    @contextmanager
+    def look(self) -> Iterator[Look]:
+        """Look at it: what is found is read in its place until the end of the block.  Inside a request."""
+        places = Places(self.node)
+        with places.pinned():
+            yield Look(self.node, self._depth, places)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -103,6 +107,43 @@ class CopiedImage:
             yield
         finally:
             self.tracker.leave()
+
+
+class Look:
+    """Parts of an image, looked up once for what is to be done and for reading them.
+
+    What comes from images at `depth` or below is not to be copied.
+    """
+
+    def __init__(self, node: Node, depth: int | None, places: Places) -> None:
+        self._node = node
+        self._depth = depth
+        self._places = places
+
+    def runs(self, offset: int, length: int) -> list[Run]:
+        """What the range reads as now: COPY, ZERO, or SKIP."""
+
+        def look_up() -> list[Run]:
+            windows = self._places.remember(status.row_windows(self._node, offset, length))
+            if self._depth is None:
+                return [run for rows in windows for run in actions(rows, _WHOLE)]
+            below = self._depth << DEPTH_SHIFT
+            return [
+                (start, n, SKIP if word >= below else ZERO if word & FLAG_ZERO else COPY)
+                for rows in windows
+                for start, n, _place, word in rows
+            ]
+
+        return reading(look_up)
+
+    def read_runs(self, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each view from its offset; ascending."""
+
+        def read() -> None:
+            for offset, view in self._places.read(self._node, runs):
+                plan.read(self._node, offset, view)
+
+        reading(read)
 
 
 class EdgeWriter:
@@ -133,9 +174,11 @@ class DirtyCopy(BlockCopy):
         *,
         block: int = 0,
         zero_known: bool = False,
+        unit: int = 1,
         compression: Compression | None = None,
         unmap: bool = True,
     ) -> None:
+        """`unit`: what is copied is copied in such parts of the target, where pieces of the state are no smaller."""
         super().__init__(
             control,
             source,
@@ -150,6 +193,7 @@ class DirtyCopy(BlockCopy):
         """Bytes of the disk that `sweep` is done with, read or known to be zero."""
         self._state = state
         self._from = source
+        self._whole = min(unit, state.granularity)
         self._progress = control
 
     def sweep(self) -> None:
@@ -157,24 +201,21 @@ class DirtyCopy(BlockCopy):
         self.run((offset, length, COPY) for offset, length in self._state.sweep())
 
     def _do(self, piece: Piece, buffer: memoryview) -> None:
-        for offset, length, _what, at in piece.runs:
+        for offset, length, marked in _together(piece.runs, len(buffer)):
             with self._from.request():  # before anything is reserved: a drain waits for us, and we for nobody it holds back
-                self.copy_range(offset, length, buffer[at : at + length])
+                self.copy_range(offset, length, buffer)
             with self._lock:
-                self.bytes_done += length
-            self._progress.advance(length)
+                self.bytes_done += marked
+            self._progress.advance(marked)
 
     def copy_range(self, offset: int, length: int, buffer: memoryview) -> None:
         """Copy what is marked in the pieces that a range touches, for a thread whose request a drain waits for.
 
         Waits for no drain.
         """
-
-        def copy(start: int, n: int) -> None:  # pieces are whole, even where the range and the buffer hold only part of one
-            for position in range(start, start + n, len(buffer)):
-                self._copy_taken(position, min(len(buffer), start + n - position), buffer)
-
-        self._state.copy(offset, length, copy)
+        with self._state.taken(offset, length) as taken:
+            for ranges in _fitting(taken, len(buffer)):
+                self._copy_taken(ranges, buffer)
 
     def copy_around(self, offset: int, length: int) -> None:
         """The same, for pieces that a range touches, in memory of its own, for who knows nothing of sources."""
@@ -195,32 +236,74 @@ class DirtyCopy(BlockCopy):
         for offset, length in self._state.sweep():
             self._copy_in_steps(offset, length)
 
-    def _copy_taken(self, offset: int, length: int, buffer: memoryview) -> None:
-        writes = []
-        copied = 0
-        runs: Iterable[Run] = self._from.runs(offset, length)
+    def _copy_taken(self, ranges: list[tuple[int, int]], buffer: memoryview) -> None:
+        """Copy ranges, ascending, that the buffer has room for with what lies between them."""
+        first = ranges[0][0]
+        length = sum(ranges[-1]) - first
         # Only what has no place in the target yet can be compressed there, and only whole clusters can.
-        compressor = self._compression.compressor if self._compression and not self._state.torn(offset, length) else None
-        if compressor is not None:
-            runs = in_units(runs, compressor.unit)
+        compressor = self._compression.compressor if self._compression and not self._state.torn(first, length) else None
+        with self._from.look() as image:
+            found = image.runs(first, length)
+            if len(ranges) > 1:
+                both = zipped(_with_gaps(ranges), found)
+                found = [(start, n, what if taken else SKIP) for start, n, taken, what in both]
+            runs = list(in_units(found, compressor.unit if compressor is not None else self._whole, first))
+            reads = [(start, buffer[start - first : start - first + n]) for start, n, what in runs if what == COPY]
+            if reads:
+                image.read_runs(reads)
+        views = iter(reads)
+        writes: list[Write] = []
         for start, n, what in runs:
-            if what == SKIP:
-                continue
             if what == ZERO:
-                writes.append(self.zeroes(start, n))
-                continue
-            view = buffer[start - offset : start - offset + n]
-            self._read(start, view)
-            copied += n
-            self._add_writes(writes, start, view)
+                writes.append(Write(start, n, None))
+            elif what == COPY:
+                self._add_writes(writes, start, next(views)[1])
         if compressor is not None:
             compress = compressor.compress
             writes = [write if write.data is None else write._replace(packed=compress(write.data)) for write in writes]
         self._write(writes, _nothing)
-        written = sum(write.length for write in writes if write.data is not None)
         with self._lock:
-            self.bytes_read += copied
-            self.bytes_written += written
+            self.bytes_read += sum(len(view) for _offset, view in reads)
+            self.bytes_written += sum(write.length for write in writes if write.data is not None)
+
+
+def _together(runs: Iterable[tuple[int, int, int, int]], most: int) -> Iterator[tuple[int, int, int]]:
+    """The runs of a piece, as many at a time as lie in `most` bytes of the disk: (offset, length, bytes of them)."""
+    start = end = marked = 0
+    for offset, length, _what, _at in runs:
+        if marked and offset + length > start + most:
+            yield start, end - start, marked
+            marked = 0
+        if not marked:
+            start = offset
+        end = offset + length
+        marked += length
+    if marked:
+        yield start, end - start, marked
+
+
+def _with_gaps(ranges: Iterable[tuple[int, int]]) -> Iterator[Run]:
+    """The ranges, to COPY, and what lies between them, to SKIP."""
+    end = -1
+    for offset, length in ranges:
+        if 0 <= end < offset:
+            yield end, offset - end, SKIP
+        yield offset, length, COPY
+        end = offset + length
+
+
+def _fitting(ranges: Iterable[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """The same ranges, cut where they are longer, as many at a time as lie in `most` bytes of the disk."""
+    found: list[tuple[int, int]] = []
+    for offset, length in ranges:
+        for position in range(offset, offset + length, most):
+            n = min(most, offset + length - position)
+            if found and position + n > found[0][0] + most:
+                yield found
+                found = []
+            found.append((position, n))
+    if found:
+        yield found
 
 
 class Placement:

@@ -129,14 +129,15 @@ class IntermediateCommit(Record, Task[CommitResult], frozen=False):
         written = self._written = WrittenImage(self.verb, self.disk.node, base)
         written.grow_to(top.size)
         source = self._source = CopiedImage(top, self.verb, base)
-        state = CopyState(top.size, DEFAULT_GRANULARITY)
+        unit = base.data_unit() or 1
+        state = CopyState(top.size, max(DEFAULT_GRANULARITY, unit))
         errors = Errors(control, *self.policies)
         while not errors.attempt(lambda: reading(lambda: _mark_held(state, top, base, old_size))):
             control.pause_point()
         done = copied = 0
         while left := state.count():
             control.set_total(done + left)
-            copy = DirtyCopy(control, state, source, written)
+            copy = DirtyCopy(control, state, source, written, unit=unit)
             errors.attempt(copy.sweep)
             done += copy.bytes_done
             copied += copy.bytes_read

@@ -9,7 +9,7 @@ from blocklib import graph
 from blocklib.disk import Disk
 from blocklib.errors import UsageError
 from blocklib.jobs.control import Task
-from blocklib.jobs.convergence import DEFAULT_GRANULARITY, Convergence
+from blocklib.jobs.convergence import Convergence
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
 from blocklib.jobs.dirty_copy import ErrorPolicy, check_policy
 from blocklib.jobs.job import Job, started
@@ -83,7 +83,7 @@ def mirror(
         end,
         marks,
         copy_mode == "write-blocking",
-        granularity or DEFAULT_GRANULARITY,
+        granularity,
         unmap,
         (on_source_error, on_target_error),
     )
@@ -97,7 +97,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
     end: CopyTarget
     marks: Marks
     blocking: bool
-    granularity: int
+    granularity: int | None
     unmap: bool
     policies: tuple[ErrorPolicy, ErrorPolicy]
 

@@ -94,22 +94,19 @@ def coalesced(runs: Iterable[Run]) -> Iterator[Run]:
         yield start, length, what
 
 
-def in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
+def in_units(runs: Iterable[Run], unit: int, begins: int = 0) -> Iterator[Run]:
     """The same runs, none of which ends inside a unit, other than the last: a unit of which some is copied is copied whole.
 
-    The first begins with a unit.
-
-    One with something to COMPARE is compared whole, and one that mixes zeroes with what the target has is copied.
+    The first begins at `begins`, a multiple of the unit.  One with something to COMPARE is compared whole, and one that mixes
+    zeroes with what the target has is copied.
     """
-    return coalesced(_in_units(runs, unit))
+    return coalesced(_in_units(runs, unit, begins) if unit > 1 else runs)
 
 
-def _in_units(runs: Iterable[Run], unit: int) -> Iterator[Run]:
-    begun, mixed = -1, -1  # the unit that is not complete begins there; what is in it so far
-    end = 0
+def _in_units(runs: Iterable[Run], unit: int, begins: int) -> Iterator[Run]:
+    begun, mixed = begins, -1  # the unit that is not complete begins there; what is in it so far
+    end = begins
     for start, length, what in runs:
-        if begun < 0:
-            begun = start
         end = start + length
         if begun < start:
             mixed = _mixed(mixed, what)

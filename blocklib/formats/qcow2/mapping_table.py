@@ -69,6 +69,11 @@ def _facts(mapping: Mapping, told: int) -> kernels.Facts:
     )
 
 
+def _guest_bytes(mapping: Mapping, table_length: int) -> int:
+    """Bytes of the disk that so many bytes of an L2 table map."""
+    return table_length // mapping.geometry.l2_entry_length << mapping.geometry.cluster_bits
+
+
 def _load(mapping: Mapping, file: Edge, offset: int, length: int) -> tuple[Table, int]:
     """The words of L2 entries that map the range, which has L2 tables, and the guest offset of the first.
 
@@ -76,8 +81,10 @@ def _load(mapping: Mapping, file: Edge, offset: int, length: int) -> tuple[Table
     disk does not empty it.
     """
     cache = mapping.cache
-    unit_length = mapping.slice_length if cache.used_bytes else mapping.geometry.cluster_size
-    unit = unit_length // mapping.geometry.l2_entry_length << mapping.geometry.cluster_bits  # guest bytes that one maps
+    unit_length = mapping.geometry.cluster_size
+    if cache.used_bytes or length <= _guest_bytes(mapping, mapping.slice_length):
+        unit_length = mapping.slice_length
+    unit = _guest_bytes(mapping, unit_length)
     first = offset // unit
     n_units = (offset + length - 1) // unit + 1 - first
     words = array("Q", bytes(n_units * unit_length))
