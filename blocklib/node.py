@@ -330,6 +330,10 @@ class Node:
         """
         raise UsageError(f"{self.driver}: nothing lies below an image of this format", node=self.name)
 
+    def fill_zeroes(self, offset: int, length: int) -> bool:
+        """Make whole zeroing units read as zero where this node holds nothing; False, with nothing done, where it cannot."""
+        return False
+
     def write_fresh(
         self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]
     ) -> Sequence[tuple[int, memoryview]]:

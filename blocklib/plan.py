@@ -173,6 +173,31 @@ def _write_unallocated(node: Node, offset: int, data: memoryview) -> int:
     return written
 
 
+def fill_runs(node: Node, runs: Sequence[tuple[int, memoryview]]) -> None:
+    """As `write_unallocated`, of many `runs`, ascending and apart from each other."""
+    _making_room(node, lambda: _fill_runs(node, runs))
+
+
+def _fill_runs(node: Node, runs: Sequence[tuple[int, memoryview]]) -> None:
+    for offset, data in node.write_fresh(runs, lambda: None):  # which is for what the node has nothing for
+        _write_unallocated(node, offset, data)
+
+
+def fill_zeroes(node: Node, offset: int, length: int) -> None:
+    """Make a range, which reads as zero by what lies below, read as zero by itself where the node holds nothing."""
+    unit = node.zero_alignment
+    end = offset + length
+    first = min(-(-offset // unit) * unit, end)
+    last = max(first, end if end == node.size else end // unit * unit)
+    if first == last or not _making_room(node, lambda: node.fill_zeroes(first, last - first)):
+        first = last = end
+    for start, stop in ((offset, first), (last, end)):
+        while start < stop:
+            data = zeroes(stop - start)
+            write_unallocated(node, start, data)
+            start += len(data)
+
+
 def write_runs(node: Node, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]) -> None:
     """Write `runs` (offset and data each, ascending, apart from each other) as one request: many cost little more than one.
 

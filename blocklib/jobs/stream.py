@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from blocklib import graph, plan
-from blocklib.buffers import zeroes
+from blocklib import graph, plan, status
+from blocklib._fast.extents import DEPTH_SHIFT
+from blocklib.buffers import zero_fill
 from blocklib.errors import StorageError, UsageError
+from blocklib.extents import FLAG_ZERO
 from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.chain_images import Image, check_changeable, node_below, shorten
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.dirty_copy import ErrorPolicy, Errors, check_policy
 from blocklib.jobs.ends import images_below
 from blocklib.jobs.job import Job, started
-from blocklib.jobs.runs import COMPARE, SKIP, ZERO, Piece, Run, coalesced, runs_above, zipped
+from blocklib.jobs.runs import COMPARE, COPY, SKIP, ZERO, Piece, Run, coalesced, in_units, runs_above, zipped
 from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
+from blocklib.places import Places
 from blocklib.records import Record
 from blocklib.reports import StreamResult
 from blocklib.requests import RequestTracker
@@ -25,6 +28,8 @@ from blocklib.requests import RequestTracker
 if TYPE_CHECKING:
     from blocklib.disk import Disk
     from blocklib.node import Node
+
+_T = TypeVar("_T")
 
 
 @started
@@ -75,16 +80,17 @@ class _Stream(Record, Task[StreamResult], frozen=False):
         top = disk.node
         errors = Errors(control, self.on_error, self.on_error)
         copied = 0
+        unit = top.data_unit() or 1
+        base = _find_base(disk, self.base)
         with _user_of(top) as edge:
             while True:
                 with control.changed:
                     done = control.snapshot().done
                 control.set_total(done + top.size)
-                copy = _Filling(
-                    control, disk, _Filler(edge), unit=top.data_unit() or 1, skips=self.on_error == "ignore"
-                )
+                below = _Below(edge, base)
+                copy = _Filling(control, below, _Filler(edge), unit=unit, skips=self.on_error == "ignore")
                 # Again from the beginning: what was copied is in the top image now.
-                is_done = errors.attempt(partial(copy.run, _runs_between(disk, _find_base(disk, self.base))))
+                is_done = errors.attempt(partial(copy.run, in_units(_runs_between(disk, below), unit)))
                 copied += copy.bytes_written
                 if copy.skipped is not None:
                     raise copy.skipped
@@ -111,26 +117,73 @@ def _find_base(disk: Disk, base: Image | None) -> Node | None:
     return node_below(disk, base)
 
 
-def _runs_between(disk: Disk, base: Node | None) -> Iterator[Run]:
-    """What the images between the top one and `base` hold, and the top one does not."""
-    chain = disk.chain()
-    end = disk.size
-    last = next((image for image in chain if base is not None and image.name == base.name), None)
-    own = runs_above(disk, 0, end, chain[1], absent=COMPARE, absent_zero=COMPARE)
-    between = runs_above(disk, 0, end, last, absent=SKIP, absent_zero=ZERO)
+def _runs_between(disk: Disk, below: _Below) -> Iterator[Run]:
+    """What the images between the top one and the base hold, and the top one does not."""
+    own = runs_above(disk, 0, disk.size, disk.chain()[1], absent=COMPARE, absent_zero=COMPARE)
     # Zeroes need not be kept where nothing will lie below any more.
-    zeroes = SKIP if last is None else ZERO
+    zeroes = SKIP if below.base is None else ZERO
     return coalesced(
         (start, n, SKIP if mine != COMPARE else zeroes if there == ZERO else there)
-        for start, n, mine, there in zipped(own, between)
+        for start, n, mine, there in zipped(own, below.runs(disk.size))
     )
+
+
+class _Below:
+    """What lies below the top image, down to `base`, looked up once: nobody writes there."""
+
+    def __init__(self, edge: graph.Edge, base: Node | None) -> None:
+        assert edge.tracker is not None
+        self.base = base
+        self._node = edge.node.children["backing"].node
+        self._tracker = edge.tracker
+        self._places = Places(self._node)
+
+    def runs(self, size: int) -> Iterator[Run]:
+        """COPY or ZERO what the images above the base hold, SKIP what they do not; of so many bytes."""
+        inside = min(size, self._node.size)
+        if self._node is not self.base:
+            images = graph.chain(self._node)
+            depth = images.index(self.base) if self.base is not None else len(images)
+            windows = self._places.remember(status.row_windows(self._node, 0, inside))
+            while (rows := self._counted(lambda: next(windows, None))) is not None:
+                for start, n, _place, word in rows:
+                    yield start, n, SKIP if word >> DEPTH_SHIFT >= depth else ZERO if word & FLAG_ZERO else COPY
+        elif inside:
+            yield 0, inside, SKIP
+        if inside < size:
+            yield inside, size - inside, ZERO
+
+    def readinto(self, offset: int, buffer: memoryview, /) -> None:
+        self.read_runs([(offset, buffer)])
+
+    def read_runs(self, runs: Sequence[tuple[int, memoryview]], /) -> None:
+        """Fill each view from its offset; behind the end of the images it is zero."""
+        inside = []
+        for offset, view in runs:
+            n = max(0, min(len(view), self._node.size - offset))
+            zero_fill(view[n:])
+            if n:
+                inside.append((offset, view[:n]))
+        if inside:
+            self._counted(lambda: self._read(inside))
+
+    def _read(self, runs: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, view in self._places.read(self._node, runs):
+            plan.read(self._node, offset, view)
+
+    def _counted(self, request: Callable[[], _T]) -> _T:
+        self._tracker.enter()
+        try:
+            return request()
+        finally:
+            self._tracker.leave()
 
 
 class _Filling(BlockCopy):
     """Fills an image; with `skips`, pieces that fail are left out, and `skipped` is the first error."""
 
-    def __init__(self, control: Control, disk: Disk, filler: _Filler, *, unit: int, skips: bool) -> None:
-        super().__init__(control, disk, filler, unit=unit, unordered=True)
+    def __init__(self, control: Control, below: _Below, filler: _Filler, *, unit: int, skips: bool) -> None:
+        super().__init__(control, below, filler, unit=unit, unordered=True)
         self._skips = skips
         self._told = control
         self.skipped: StorageError | None = None
@@ -169,14 +222,13 @@ class _Filler:
     def write_runs(self, runs: Sequence[tuple[int, memoryview]], /, *, placed: Callable[[], None]) -> None:
         self._tracker.enter()
         try:
-            for offset, data in runs:
-                plan.write_unallocated(self._top, offset, data)
+            plan.fill_runs(self._top, runs)
         finally:
             self._tracker.leave()
 
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
-        while length > 0:
-            part = zeroes(length)
-            self.write_runs([(offset, part)], placed=lambda: None)
-            offset += len(part)
-            length -= len(part)
+        self._tracker.enter()
+        try:
+            plan.fill_zeroes(self._top, offset, length)
+        finally:
+            self._tracker.leave()

@@ -35,6 +35,9 @@ class SmallImages(Images):
         elif not path.exists():
             backing = {
                 "overlay.qcow2": "../dense-64k.qcow2",
+                "over-sixty.qcow2": "../sixty.qcow2",
+                "over-middle.qcow2": "middle.qcow2",
+                "sixty-over-base.qcow2": "base.qcow2",
                 "top-on-copy.qcow2": "base.qcow2",
                 "top-on-a.qcow2": "../base-a.qcow2",
             }.get(name)

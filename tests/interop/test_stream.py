@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import blocklib
-from blocklib import KiB, MiB, NameNotFoundError, ReadOnlyError, UsageError, jobs
+from blocklib import KiB, MiB, NameNotFoundError, ReadOnlyError, UsageError, jobs, plan
 from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -54,6 +55,61 @@ def test_an_image_in_between_that_is_shorter_keeps_hiding_what_is_behind_its_end
         assert disk.read(0, SIZE) == model
     assert qemu_content(top, tmp_path) == model
     assert qemu_chain(top) == ["top.qcow2", "base.qcow2"]
+
+
+@pytest.mark.parametrize("options", [{}, {"extended_l2": True}, {"compat": "0.10"}], ids=["plain", "subclusters", "v2"])
+def test_zeroes_that_are_kept_are_zeroes_and_no_bytes(tmp_path: Path, options: Mapping[str, int | str]) -> None:
+    base, middle, top = (tmp_path / name for name in ("base.qcow2", "middle.qcow2", "top.qcow2"))
+    blocklib.create(base, SIZE, format="qcow2")
+    with blocklib.open(base, "r+") as disk:
+        disk.write(0, b"\xaa" * SIZE)
+    blocklib.create(middle, SIZE, format="qcow2", backing="base.qcow2", backing_format="qcow2")
+    blocklib.create(top, SIZE, format="qcow2", backing="middle.qcow2", backing_format="qcow2", options=options)
+    with blocklib.open(middle, "r+", format="qcow2", references="allow") as disk:
+        disk.write_zeroes(1 * MiB, 20 * MiB)
+    model = bytearray(b"\xaa" * SIZE)
+    model[1 * MiB : 21 * MiB] = bytes(20 * MiB)
+    with blocklib.open(top, "r+", format="qcow2", references="allow") as disk:
+        disk.write(5 * MiB + 3000, b"own")
+        model[5 * MiB + 3000 : 5 * MiB + 3003] = b"own"
+        jobs.stream(disk, base=base).wait(timeout=60)
+        assert disk.read(0, SIZE) == model
+        held = sum(extent.length for extent in disk.extents() if extent.depth == 0 and extent.data)
+        assert held <= 64 * KiB or "compat" in options  # version 2 has no other zeroes
+        kept = sum(extent.length for extent in disk.extents() if extent.depth == 0 and extent.present)
+        assert kept == 20 * MiB
+    assert qemu_content(top, tmp_path) == model
+    assert is_clean(top)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"extended_l2": True}, {"cluster_size": 4096}, {"compat": "0.10"}],
+    ids=["plain", "subclusters", "4k", "v2"],
+)
+def test_zeroes_fill_only_what_an_image_does_not_hold(tmp_path: Path, options: Mapping[str, int | str]) -> None:
+    size = 4 * MiB
+    blocklib.create(tmp_path / "base.qcow2", size, format="qcow2")
+    path = tmp_path / "top.qcow2"
+    blocklib.create(path, size, format="qcow2", backing="base.qcow2", backing_format="qcow2", options=options)
+    with blocklib.open(tmp_path / "base.qcow2", "r+") as disk:
+        disk.write(0, b"\xaa" * size)
+    rng = random.Random(1)
+    with blocklib.open(path, "r+", format="qcow2", references="allow") as disk:
+        for _ in range(30):
+            disk.write(rng.randrange(size - 9000), rng.randbytes(rng.randrange(1, 9000)))
+        model = bytearray(disk.read(0, size))
+        own = [extent.depth == 0 and extent.present for extent in disk.extents() for _ in range(extent.length)]
+        for _ in range(20):
+            offset = rng.randrange(60) * 64 * KiB
+            length = rng.randrange(1, 5) * 64 * KiB
+            plan.fill_zeroes(disk.node, offset, length)
+            for byte in range(offset, offset + length):
+                if not own[byte]:
+                    model[byte] = 0
+        assert disk.read(0, size) == model
+    assert qemu_content(path, tmp_path) == model
+    assert is_clean(path)
 
 
 def test_a_cancelled_stream_leaves_the_chain_and_the_content(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from blocklib.copy import CopyState
 from blocklib.dirty_bits import DirtyBits
 
@@ -85,3 +87,15 @@ def test_what_remains_of_coarser_bits_is_all_that_has_such_a_part() -> None:
     assert list(state.remaining(bits).ranges()) == [(0, 4096)]
     state.take(3072, 1024)
     assert not state.remaining(bits).any()
+
+
+def test_what_was_taken_and_not_copied_is_marked_again() -> None:
+    state = _state((0, 3000), (5000, 10))
+    with pytest.raises(RuntimeError), state.taken(1000, 100) as taken:
+        assert taken == [(0, 2048)]
+        assert list(state.sweep()) == [(2048, 1024), (4096, 1024)]
+        raise RuntimeError
+    assert list(state.sweep()) == [(0, 3072), (4096, 1024)]
+    with state.taken(0, SIZE) as taken:
+        assert taken == [(0, 3072), (4096, 1024)]
+    assert not state.any()

@@ -183,3 +183,17 @@ def test_only_images_above_the_base_are_remembered(chain: tuple[Path, bytes]) ->
             left = places.read(disk.node, [(extent.offset, memoryview(bytearray(extent.length)))])
             assert bool(left) != (extent.present or extent.zero)
         assert read_at(disk, places, 0, disk.size) == content
+
+
+def test_what_is_pinned_is_read_where_it_was_whatever_is_written_meanwhile(chain: tuple[Path, bytes]) -> None:
+    path, content = chain
+    with blocklib.open(path, "r+", format="qcow2", references="allow", discard="unmap") as disk:
+        places = Places(disk.node)
+        with places.pinned():
+            for _rows in places.remember(disk.row_windows()):
+                pass
+            disk.discard(0, disk.size)
+            disk.flush()
+            disk.write(0, os.urandom(4 * MiB))  # would take what has become free
+            assert read_at(disk, places, 0, 4 * MiB) == content
+        assert read_at(disk, places, 0, 4 * MiB) == disk.read(0, 4 * MiB)

@@ -468,6 +468,8 @@ def test_runs_are_rounded_to_units() -> None:
     assert rounded((0, 3, ZERO), (3, 3, COMPARE), (6, 14, COPY)) == [(0, 20, COPY)]
     assert rounded((0, 12, ZERO), (12, 1, ZERO), (13, 1, SKIP)) == [(0, 10, ZERO), (10, 4, COPY)]
     assert rounded() == []
+    assert list(in_units([(20, 5, SKIP), (25, 30, COPY)], 10, 20)) == [(20, 35, COPY)]
+    assert list(in_units([(20, 5, ZERO), (25, 5, ZERO), (30, 3, COPY)], 1, 20)) == [(20, 10, ZERO), (30, 3, COPY)]
 
 
 def test_a_compressing_convert_is_a_job_like_others(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ class ClusterWritingNode(SnapshotNode):
         cache = self._image.mapping.cache
         return cache, cache.changes
 
+    def fill_zeroes(self, offset: int, length: int) -> bool:
+        from blocklib.formats.qcow2.filling import fill_zeroes
+
+        return fill_zeroes(self._image, offset, length)
+
     def write_fresh(
         self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]
     ) -> Sequence[tuple[int, memoryview]]:
