@@ -59,6 +59,12 @@ def _bench(name: str, about: str, words: str, *, copies: Copies = (), target: fl
     return Case(name, about, (f"blocklib bench {words}",), theirs, copies, target)
 
 
+def _job(name: str, about: str, words: str, *, copies: Copies = ()) -> Case:
+    """A job on a disk in use, which is idle, against `blocklib convert` of the same data, durable as well."""
+    theirs = ("blocklib convert -t writeback -f qcow2 -O qcow2 {sixty.qcow2} out",)
+    return Case(f"job-{name}", f"{about}, against `convert`", (f"job {words}",), (theirs,), copies, target=1.2, rounds=7)
+
+
 def _direct(name: str, about: str, words: str, *, copies: Copies = ()) -> Case:
     """Past the page cache: the kernel's own queues, either of them."""
     words = f"-t none -f qcow2 {words}"
@@ -81,6 +87,7 @@ _SNAPSHOT = ("snapshot -c s image", "snapshot -d s image")
 _FRESH: Copies = (("image", "overlay.qcow2"),)
 _DENSE: Copies = (("image", "dense-64k.qcow2"),)
 _TOP: Copies = (("base.qcow2", "base-a.qcow2"), ("top.qcow2", "top-on-copy.qcow2"))
+_OVER_EMPTY: Copies = (("base.qcow2", "empty-1g.qcow2"), ("middle.qcow2", "sixty-over-base.qcow2"))
 _SCATTERED: Copies = (("image", "scattered-200k.qcow2"),)
 
 TABLE: tuple[Case, ...] = (
@@ -131,6 +138,16 @@ TABLE: tuple[Case, ...] = (
         copies=_FRESH,
         target=1.0,
     ),
+    _job("mirror", "mirror of a disk in use", "mirror {sixty.qcow2} out"),
+    _job("backup", "backup of a disk in use", "backup {sixty.qcow2} out"),
+    _job("commit", "commit of the top image of a disk in use", "commit middle.qcow2", copies=_OVER_EMPTY),
+    _job(
+        "commit-below",
+        "commit of an image below it",
+        "commit-below top.qcow2",
+        copies=(*_OVER_EMPTY, ("top.qcow2", "over-middle.qcow2")),
+    ),
+    _job("stream", "stream into the top image", "stream top.qcow2", copies=(("top.qcow2", "over-sixty.qcow2"),)),
 )
 """The workloads that have targets."""
 

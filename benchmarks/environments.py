@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -105,6 +106,12 @@ def _sixty_qcow2(compress: Literal["zlib", "zstd"] | None, images: Images, path:
         blocklib.convert(source, path, format="qcow2", compress=compress, options=options)
 
 
+def _sixty_over_base(images: Images, path: Path) -> None:
+    """The same over an empty `base.qcow2` beside it."""
+    shutil.copyfile(images["sixty.qcow2"], path)
+    blocklib.rebase(path, "base.qcow2", backing_format="qcow2", unsafe=True, format="qcow2")
+
+
 def _dense(cluster_bits: int, shuffled: bool, _images: Images, path: Path) -> None:
     """1 GiB of data; `shuffled`: neighbours in the disk are no neighbours in the file."""
     cluster = 1 << cluster_bits
@@ -165,6 +172,11 @@ def _overlay(backing: str, images: Images, path: Path) -> None:
     write_image(path, GiB, _all_clusters(0), backing=f"../{images[backing].name}")
 
 
+def _over_middle(_images: Images, path: Path) -> None:
+    """Nothing of its own over a `middle.qcow2` beside it."""
+    write_image(path, GiB, _all_clusters(0), backing="middle.qcow2")
+
+
 def _base(variant: str, _images: Images, path: Path) -> None:
     """1 GiB, every second MiB of it data; an eighth of the clusters of variant "b" differ from those of "a"."""
     clusters = _all_clusters(GiB)
@@ -185,6 +197,7 @@ def _top(in_place: bool, images: Images, path: Path) -> None:
 RECIPES_BY_NAME: dict[str, Recipe] = {
     "sixty.raw": _sixty_raw,
     "sixty.qcow2": partial(_sixty_qcow2, None),
+    "sixty-over-base.qcow2": _sixty_over_base,
     "sixty-deflate.qcow2": partial(_sixty_qcow2, "zlib"),
     "sixty-zstd.qcow2": partial(_sixty_qcow2, "zstd"),
     **{f"dense-{name}.qcow2": partial(_dense, bits, False) for name, bits in CLUSTER_BITS.items()},
@@ -195,6 +208,8 @@ RECIPES_BY_NAME: dict[str, Recipe] = {
     **{f"empty-{name}.qcow2": partial(_empty, size) for name, size in VIRTUAL_SIZES.items()},
     **_chain_recipes(),
     "overlay.qcow2": partial(_overlay, "dense-64k.qcow2"),
+    "over-sixty.qcow2": partial(_overlay, "sixty.qcow2"),
+    "over-middle.qcow2": _over_middle,
     "overlay-depth-8.qcow2": partial(_overlay, "depth-8.qcow2"),
     "base-a.qcow2": partial(_base, "a"),
     "base-b.qcow2": partial(_base, "b"),

@@ -142,6 +142,8 @@ class Runner:
             return [sys.executable]
         if name == "blocklib":
             return [sys.executable, str(self._script)]
+        if name == "job":
+            return [sys.executable, str(Path(__file__).with_name("live_job.py"))]
         found = shutil.which(name)
         if found is None:
             raise BenchmarkError(f"{name} is not installed: there is nothing to compare with")
