@@ -337,10 +337,8 @@ class Node:
     def write_fresh(
         self, runs: Sequence[tuple[int, memoryview]], placed: Callable[[], None]
     ) -> Sequence[tuple[int, memoryview]]:
-        """Write those of `runs` (offset and data each, ascending, apart from each other) that need nothing but fresh space;
-        the others are left.
-
-        `placed` is called once it is settled where all of them go, if none is left.  Raises what `prepare_write` does.
+        """Write those of `runs` (offset and data each, ascending, apart from each other) that need nothing but fresh space; the
+        others are left.  `placed` is called once it is settled where all go, if none is left.  Raises as `prepare_write`.
         """
         return runs
 
@@ -369,8 +367,8 @@ class Node:
     def write_packed(self, offset: int, packed: Sequence[bytes | None]) -> bool:
         """Store units from `offset` on, as the node's `compressor` made them; None is a unit that is left as it is.
 
-        False, with nothing changed, where they have to be written as they were.
-        Raises StorageError (EIO), with nothing changed, where one of those units has a place in this node already.
+        False, with nothing changed, where they have to be written as they were.  Raises StorageError (EIO), with nothing
+        changed, where one of those units has a place in this node already.
         """
         raise UsageError(f"{self.driver}: nothing is stored compressed here")
 

@@ -84,6 +84,7 @@ class _Stream(Record, Task[StreamResult], frozen=False):
         base = _find_base(disk, self.base)
         with _user_of(top) as edge:
             while True:
+                control.pause_point()  # where an error has stopped the job; what is found below is read even before a piece
                 with control.changed:
                     done = control.snapshot().done
                 control.set_total(done + top.size)

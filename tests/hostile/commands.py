@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from tests.hostile.runner import MOST_MEMORY, MOST_SECONDS, MiB, Outcome, Runner
+from tests.hostile.runner import MOST_MEMORY, MOST_SECONDS, SLOWER, MiB, Outcome, Runner
 
 ON_LINUX: Final = pytest.mark.skipif(sys.platform != "linux", reason="what a process costs and opens is asked of Linux")
 
@@ -194,7 +194,7 @@ def _io_errors(outcome: Outcome) -> list[str]:
 
 def wrong_with(command: Command, outcome: Outcome, *, may_open: frozenset[str]) -> Iterator[str]:
     yield from _wrong_with_end(command, outcome)
-    if outcome.seconds > MOST_SECONDS:
+    if outcome.seconds > MOST_SECONDS * SLOWER:
         yield f"{outcome.seconds:.2f} s of a processor"
     if outcome.memory > MOST_MEMORY:
         yield f"{outcome.memory / MiB:.0f} MiB of memory"

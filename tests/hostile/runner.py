@@ -31,6 +31,8 @@ from typing import Any, Final
 MiB: Final = 1 << 20
 MOST_SECONDS: Final = 2.0
 """Processor seconds that one command may take, all its threads together."""
+SLOWER: Final = 3
+"""How much slower than where those were measured a machine may be, and one that runs other tests beside."""
 MOST_MEMORY: Final = 256 * MiB
 """What a command may have in memory, the interpreter, numpy and the kernels included (they are about half of it)."""
 MOST_ADDRESSES: Final = 2048 * MiB

@@ -220,7 +220,7 @@ def test_a_stream_that_cannot_read_does_what_it_was_told_to(tmp_path: Path, poli
     with blocklib.open(tmp_path / "top.qcow2", "r+", format="qcow2", references="allow") as disk:
         below = disk.node.children["backing"].node
         number = errno.ENOSPC if policy == "enospc" else errno.EIO
-        fault = put_fault(below, Fault(("read",), 2, number, None if policy != "ignore" else 1))
+        fault = put_fault(below, Fault(("read",), 1, number, None if policy != "ignore" else 1))
         job = jobs.stream(disk, on_error=policy)
         for event in job.events():
             if event.status == "paused":
@@ -235,6 +235,7 @@ def test_a_stream_that_cannot_read_does_what_it_was_told_to(tmp_path: Path, poli
             jobs.stream(disk).wait(timeout=60)
         else:
             job.wait(timeout=60)
+        assert fault.hits
         assert len(disk.chain()) == 1
         assert disk.read(0, SIZE) == content
 
