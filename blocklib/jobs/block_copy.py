@@ -99,6 +99,7 @@ class BlockCopy:
         zero_known: bool = False,
         shown: Reader | None = None,
         threads: int | None = None,
+        in_flight: int | None = None,
         unordered: bool = False,
         salvage: bool = False,
         compression: Compression | None = None,
@@ -118,6 +119,9 @@ class BlockCopy:
         self._unmap = unmap
         threads = threads or default_threads(thinking=compression is not None)
         self._piece = SMALL_PIECE if compression is not None else piece_size(threads)
+        if in_flight is not None:  # bytes that all buffers may have together
+            threads = min(threads, max(1, in_flight // SMALL_PIECE))
+            self._piece = min(self._piece, 1 << (in_flight // threads).bit_length() - 1)
         self._crew = Crew(control, self._do, threads, buffer=self._piece * (2 if shown is not None else 1))
         self._lock = threading.Lock()  # guards what follows
         self.bytes_read = 0
@@ -141,7 +145,7 @@ class BlockCopy:
 
     def _most(self) -> int:
         """Bytes of the next piece: where the speed is limited, small ones spread the work more evenly."""
-        return SMALL_PIECE if self._control.is_limited else self._piece
+        return min(SMALL_PIECE, self._piece) if self._control.is_limited else self._piece
 
     # -- in a worker --------------------------------------------------------------------------------------------------
 

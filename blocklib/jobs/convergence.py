@@ -98,6 +98,7 @@ class Convergence:
         base: Node | None = None,
         blocking: bool = False,
         granularity: int | None = None,
+        in_flight: int | None = None,
         unmap: bool = True,
     ) -> None:
         self._job = job
@@ -107,6 +108,7 @@ class Convergence:
         self._beginning = beginning
         self._blocking = blocking
         self._granularity = granularity
+        self._in_flight = in_flight
         self._unmap = unmap
         self._policies = policies
         self._failures: list[BlocklibError] = []
@@ -190,7 +192,15 @@ class Convergence:
         unit = target.node.data_unit() or 1
         block = max(unit, SPARSE_SIZE) if zero_known else 0
         return DirtyCopy(
-            control, state, source, target, block=block, zero_known=zero_known, unit=unit, unmap=self._unmap
+            control,
+            state,
+            source,
+            target,
+            block=block,
+            zero_known=zero_known,
+            unit=unit,
+            in_flight=self._in_flight,
+            unmap=self._unmap,
         )
 
     def _equal(self, rest: DirtyCopy, target: Copy) -> None:

@@ -175,6 +175,7 @@ class DirtyCopy(BlockCopy):
         block: int = 0,
         zero_known: bool = False,
         unit: int = 1,
+        in_flight: int | None = None,
         compression: Compression | None = None,
         unmap: bool = True,
     ) -> None:
@@ -185,6 +186,7 @@ class DirtyCopy(BlockCopy):
             target,
             block=block,
             zero_known=zero_known,
+            in_flight=in_flight,
             unordered=True,
             compression=compression,
             unmap=unmap,

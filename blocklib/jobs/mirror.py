@@ -9,7 +9,7 @@ from blocklib import graph
 from blocklib.disk import Disk
 from blocklib.errors import UsageError
 from blocklib.jobs.control import Task
-from blocklib.jobs.convergence import Convergence
+from blocklib.jobs.convergence import DEFAULT_GRANULARITY, Convergence
 from blocklib.jobs.copy_target import BitmapMode, CopyTarget, Marks, Sync
 from blocklib.jobs.dirty_copy import ErrorPolicy, check_policy
 from blocklib.jobs.job import Job, started
@@ -38,6 +38,7 @@ def mirror(
     copy_mode: Literal["background", "write-blocking"] = "background",
     replaces: str | None = None,
     granularity: int | None = None,
+    buf_size: int | None = None,
     unmap: bool = True,
     on_source_error: ErrorPolicy = "report",
     on_target_error: ErrorPolicy = "report",
@@ -61,7 +62,8 @@ def mirror(
       becomes ready under any writer.
     - `replaces`: the name of the node that the copy takes the place of on `complete`: by default the top image, which keeps
       the filters above it; the name of one of these, and it goes, with what is between it and the image.
-    - `granularity`: bytes that are copied again when one of them is written, a power of two.  `unmap`: give back zeroes.
+    - `granularity`: bytes that are copied again when one of them is written, a power of two.  `buf_size`: bytes that are on
+      their way together at most, no fewer than the granularity.  `unmap`: give back zeroes.
     - `on_source_error`, `on_target_error`: see `ErrorPolicy`.
 
     Raises UsageError, OptionError, NameNotFoundError (`replaces`), GraphConflictError (another job changes this chain),
@@ -75,6 +77,9 @@ def mirror(
         raise UsageError(f"sync is one of {', '.join(get_args(Sync))}, not {sync!r}")
     if granularity is not None and (granularity & (granularity - 1) or not 512 <= granularity <= 64 * MiB):
         raise UsageError(f"a granularity is a power of two from 512 bytes to 64 MiB, not {granularity}")
+    least = granularity or DEFAULT_GRANULARITY
+    if buf_size is not None and buf_size < least:
+        raise UsageError(f"buf_size is at least the granularity, {least} bytes, not {buf_size}")
     marks = Marks(disk, sync, bitmap, bitmap_mode)
     end = CopyTarget(disk, target, sync, format, options or {}, existing=existing, overwrite=overwrite, replaces=replaces)
     marks.copied_to(end)
@@ -84,6 +89,7 @@ def mirror(
         marks,
         copy_mode == "write-blocking",
         granularity,
+        buf_size,
         unmap,
         (on_source_error, on_target_error),
     )
@@ -98,6 +104,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
     marks: Marks
     blocking: bool
     granularity: int | None
+    buf_size: int | None
     unmap: bool
     policies: tuple[ErrorPolicy, ErrorPolicy]
 
@@ -112,6 +119,7 @@ class _Mirror(Record, Task[MirrorResult], frozen=False):
             self.policies,
             blocking=self.blocking,
             granularity=self.granularity,
+            in_flight=self.buf_size,
             unmap=self.unmap,
         )
 

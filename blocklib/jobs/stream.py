@@ -16,13 +16,13 @@ from blocklib.jobs.block_copy import BlockCopy
 from blocklib.jobs.chain_images import Image, check_changeable, node_below, shorten
 from blocklib.jobs.control import Control, ProgressCallback, Task
 from blocklib.jobs.dirty_copy import ErrorPolicy, Errors, check_policy
-from blocklib.jobs.ends import images_below
+from blocklib.jobs.ends import image_below, images_below
 from blocklib.jobs.job import Job, started
 from blocklib.jobs.runs import COMPARE, COPY, SKIP, ZERO, Piece, Run, coalesced, in_units, runs_above, zipped
 from blocklib.node import CONSISTENT_READ, WRITE_UNCHANGED
 from blocklib.places import Places
 from blocklib.records import Record
-from blocklib.reports import StreamResult
+from blocklib.reports import NodeInfo, StreamResult
 from blocklib.requests import RequestTracker
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def stream(
     disk: Disk,
     *,
     base: Image | None = None,
+    bottom: Image | None = None,
     backing_file: str | None = None,
     on_error: ErrorPolicy = "report",
     speed: int = 0,
@@ -47,13 +48,18 @@ def stream(
     """Copy into the top image of `disk` what the images below it hold, down to `base`, which becomes its backing file.
 
     Without `base` the disk ends as one image without a backing file.  `base` is an image of ``disk.chain()`` or a file name;
+    `bottom`, instead of it, the last image that is copied.
     `backing_file` is the name to be stored for it, by default the one by which the chain names it.  The disk may be written
     meanwhile.  When it is cancelled, part of the data is in the top image, and the chain is as before.  `on_error`: see
     `ErrorPolicy`; to "ignore" an error is to go on without what could not be copied, and to fail with it at the end.
 
-    Raises UsageError (no backing file, or a name without `base`), NameNotFoundError (`base` is not below the top image),
-    ReadOnlyError, StorageError.
+    Raises UsageError (no backing file, a name without a base, `base` and `bottom`), NameNotFoundError (`base` or `bottom` is
+    not below the top image), ReadOnlyError, StorageError.
     """
+    if bottom is not None:
+        if base is not None:
+            raise UsageError("base and bottom say the same thing in two ways; one of them is enough")
+        base = _below(disk, bottom)
     if base is None and backing_file is not None:
         raise UsageError("backing_file is the name of a base, and there is none")
     check_changeable(disk)
@@ -109,6 +115,13 @@ class _Stream(Record, Task[StreamResult], frozen=False):
 
     def abort(self) -> None:
         self._claim.release()
+
+
+def _below(disk: Disk, bottom: Image) -> NodeInfo | None:
+    """The image below `bottom`, if there is one."""
+    names = [image.name for image in images_below(disk)]
+    below = names.index(image_below(disk, bottom).name) + 1
+    return images_below(disk)[below] if below < len(names) else None
 
 
 def _find_base(disk: Disk, base: Image | None) -> Node | None:

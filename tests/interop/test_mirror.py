@@ -8,7 +8,18 @@ from typing import Any, Literal
 import pytest
 
 import blocklib
-from blocklib import GraphConflictError, MiB, NameNotFoundError, OutOfRangeError, ReadOnlyError, ThrottleGroup, UsageError, jobs
+from blocklib import (
+    GraphConflictError,
+    KiB,
+    MiB,
+    NameNotFoundError,
+    OutOfRangeError,
+    ReadOnlyError,
+    ThrottleGroup,
+    UsageError,
+    jobs,
+)
+from blocklib.jobs.crew import Crew
 from tests.writers import is_clean, make_chain, qemu_chain, qemu_content, writing
 
 pytestmark = pytest.mark.requires("qemu-img")
@@ -230,6 +241,33 @@ def test_pieces_may_be_larger_than_what_is_copied_in_one_go(tmp_path: Path, copy
         job.wait(timeout=120)
     assert qemu_content(target, tmp_path) == model
     assert is_clean(target)
+
+
+@pytest.mark.parametrize("buf_size", [64 * KiB, 3 * MiB, 5 * MiB])
+def test_no_more_is_on_its_way_than_the_buffers_hold_together(
+    tmp_path: Path, buf_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers: list[int] = []
+    make = Crew.__init__
+
+    def watched(crew: Crew, control: Any, work: Any, size: int, *, buffer: int, reads: int = 1) -> None:
+        buffers.append(size * buffer)
+        make(crew, control, work, size, buffer=buffer, reads=reads)
+
+    monkeypatch.setattr(Crew, "__init__", watched)
+    paths, model = make_chain(tmp_path, 2, SIZE)
+    target = tmp_path / "copy.qcow2"
+    with _open(paths[-1]) as disk:
+        with pytest.raises(UsageError, match="at least the granularity"):
+            jobs.mirror(disk, target, format="qcow2", buf_size=buf_size, granularity=8 * MiB)
+        with writing(disk, model):
+            job = jobs.mirror(disk, target, format="qcow2", buf_size=buf_size)
+            job.wait(timeout=120, until="ready")
+            job.complete()
+            job.wait(timeout=120)
+    assert buffers
+    assert buf_size // 4 < max(buffers) <= buf_size
+    assert qemu_content(target, tmp_path) == model
 
 
 @MODES

@@ -41,6 +41,22 @@ def test_a_stream_under_writers_keeps_the_content_and_shortens_the_chain(
     assert all(is_clean(path) for path in paths)
 
 
+@pytest.mark.parametrize("bottom", [0, 1, 2])
+def test_bottom_is_the_last_image_that_is_streamed(tmp_path: Path, bottom: int) -> None:
+    paths, model = make_chain(tmp_path, 4, SIZE)
+    with blocklib.open(paths[-1], "r+", format="qcow2", references="allow") as disk:
+        with pytest.raises(UsageError, match="one of them"):
+            jobs.stream(disk, base=disk.chain()[2], bottom=disk.chain()[1])
+        with pytest.raises(NameNotFoundError):
+            jobs.stream(disk, bottom=disk.chain()[0])
+        with writing(disk, model):
+            jobs.stream(disk, bottom=disk.chain()[3 - bottom]).wait(timeout=120)
+        assert disk.read(0, SIZE) == model
+    assert qemu_chain(paths[-1]) == ["3.qcow2", *(f"{level}.qcow2" for level in range(bottom - 1, -1, -1))]
+    assert qemu_content(paths[-1], tmp_path) == model
+    assert all(is_clean(path) for path in paths)
+
+
 def test_an_image_in_between_that_is_shorter_keeps_hiding_what_is_behind_its_end(tmp_path: Path) -> None:
     base, middle, top = (tmp_path / name for name in ("base.qcow2", "middle.qcow2", "top.qcow2"))
     blocklib.create(base, SIZE, format="qcow2")
