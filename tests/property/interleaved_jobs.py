@@ -9,7 +9,7 @@ import blocklib
 from blocklib import jobs
 from blocklib.disk import Disk
 from blocklib.errors import GraphConflictError, JobCancelled, JobStateError, UsageError
-from tests.property.interleaving import CLUSTER, SECTOR, SIZE, Bench, base, sectors
+from tests.property.interleaving import CLUSTER, SECTOR, SIZE, Bench, base, check_content, sectors
 from tests.scheduling import Schedule
 
 
@@ -51,6 +51,25 @@ def mirror_beside_writes(folder: Path, seed: int) -> None:
         disk.close()
     bench.becomes(10 * CLUSTER, CLUSTER, 1, 2)
     bench.check(copy)
+
+
+def commit_beside_writes(folder: Path, seed: int) -> None:
+    """The disk continues on the image below it, which has all of it."""
+    bench = Bench(folder, "overlay")
+
+    def commit() -> None:
+        with jobs.commit(disk) as job:
+            job.wait(until="ready")
+            job.complete()
+            job.wait()
+
+    with Schedule(seed) as schedule:
+        disk = bench.open()
+        schedule.run(commit, lambda: _write_over(disk, bench, 1), lambda: _write_over(disk, bench, 2))
+        disk.close()
+    bench.becomes(10 * CLUSTER, CLUSTER, 1, 2)
+    check_content((folder / "base.raw").read_bytes(), bench.allowed)
+    assert blocklib.check(bench.path, format="qcow2").clean
 
 
 def backup_beside_writes(folder: Path, seed: int) -> None:
@@ -184,6 +203,7 @@ def two_jobs_at_once(folder: Path, seed: int) -> None:
 SCENARIOS = (
     stream_beside_writes,
     mirror_beside_writes,
+    commit_beside_writes,
     backup_beside_writes,
     overlay_beside_writes,
     filters_beside_requests,
