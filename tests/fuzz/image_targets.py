@@ -305,6 +305,7 @@ class Written:
     def write_many(self) -> None:
         n = self._source.byte() % 40 + 1
         start, length = self._range(3000)
+        length = max(length, 1)  # also where the disk has nothing: then the batch is refused
         size = self.disk.size
         offsets = [(start + i * (length + self._source.byte())) % (max(size - length, 0) + 1) for i in range(n)]
         offsets = list({offset // length: offset // length * length for offset in offsets}.values())
