@@ -17,6 +17,8 @@ BENCH ?= quick
 
 # How long `make fuzz` works on each target.
 SECONDS ?= 60
+# What it tries: a number tries the same again, 0 something else each time.
+SEED ?= 0
 
 .PHONY: help setup demo test lint types torture fuzz bench clean tools
 .DEFAULT_GOAL := help
@@ -87,7 +89,7 @@ torture: setup tools
 # Where there is no atheris, one line says that nothing was fuzzed.
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]' 2>/dev/null || true
-	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Prints the ratios and saves them, with the facts of the machine, as .benchmarks/latest.json; images stay in .benchmarks/images.
 bench: setup tools

@@ -63,6 +63,7 @@ def _fuzz(target: str, options: argparse.Namespace) -> Outcome:
             f"-max_total_time={options.seconds}",
             f"-max_len={LONGEST.get(target, 200)}",
             f"-rss_limit_mb={options.megabytes}",
+            f"-seed={options.seed}",
             "-timeout=20",
             "-report_slow_units=600",
             "-print_final_stats=1",
@@ -101,6 +102,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; without any, all of them")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
     parser.add_argument("--runs", type=int, default=0, help="at most so many inputs for each target")
+    parser.add_argument("--seed", type=int, default=0, help="of what is tried; 0 is another one each time (0)")
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time (2)")
     parser.add_argument("--megabytes", type=int, default=512, help="of memory that a target may use (512)")
     parser.add_argument("--folder", default=str(_ROOT / ".fuzz"), help="where what was learnt is kept (.fuzz)")
