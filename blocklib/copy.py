@@ -8,7 +8,7 @@ is copied again, or reserves the range itself and so waits for a copy that is un
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from blocklib.dirty_bits import DirtyBits
@@ -97,15 +97,6 @@ class CopyState:
         with self._changed:
             found = self._bits.next_dirty(start)
             return (found is not None and found[0] < end) or self._is_reserved(start, end)
-
-    def copy(self, offset: int, length: int, copy: Callable[[int, int], None]) -> None:
-        """Reserve the pieces that a range touches and `copy` what is to be copied of them, (offset, length) each, ascending.
-
-        What was not copied, because it raised, is to be copied still, and is `torn`.
-        """
-        with self.taken(offset, length) as taken:
-            for start, n in taken:
-                copy(start, n)
 
     @contextmanager
     def taken(self, offset: int, length: int) -> Iterator[list[tuple[int, int]]]:

@@ -151,12 +151,10 @@ class CopyBeforeWriteNode(PassingFilter):
     def _copy(self, offset: int, length: int) -> None:
         granularity = self.state.granularity
         buffer = memoryview(bytearray(min(PIECE, (length // granularity + 2) * granularity)))
-
-        def copy(start: int, n: int) -> None:
-            for position in range(start, start + n, len(buffer)):
-                self._copy_part(position, min(len(buffer), start + n - position), buffer)
-
-        self.state.copy(offset, length, copy)
+        with self.state.taken(offset, length) as taken:
+            for start, n in taken:
+                for position in range(start, start + n, len(buffer)):
+                    self._copy_part(position, min(len(buffer), start + n - position), buffer)
 
     def _copy_part(self, offset: int, length: int, buffer: memoryview) -> None:
         for start, n, is_zero in self.file.runs(offset, length):

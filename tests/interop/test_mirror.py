@@ -270,6 +270,19 @@ def test_no_more_is_on_its_way_than_the_buffers_hold_together(
     assert qemu_content(target, tmp_path) == model
 
 
+def test_clusters_over_a_backing_file_are_copied_as_a_whole_however_small_the_buffers_are(tmp_path: Path) -> None:
+    paths, model = make_chain(tmp_path, 2, SIZE)
+    target = tmp_path / "copy.qcow2"
+    options = {"cluster_size": 2 * MiB}
+    with _open(paths[-1]) as disk, jobs.mirror(
+        disk, target, format="qcow2", options=options, sync="top", buf_size=64 * KiB
+    ) as job:
+        job.wait(timeout=60, until="ready")
+        job.cancel()
+        job.wait(timeout=60)
+    assert qemu_content(target, tmp_path) == model
+
+
 @MODES
 def test_an_older_copy_over_a_backing_file_keeps_what_shows_through(tmp_path: Path, copy_mode: CopyMode) -> None:
     paths, model = make_chain(tmp_path, 1, SIZE)

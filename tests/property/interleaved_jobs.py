@@ -21,6 +21,14 @@ def _write_over(disk: Disk, bench: Bench, number: int) -> None:
             bench.becomes(offset, SECTOR, number)
 
 
+def _pivot(job: jobs.Job[Any]) -> None:
+    """Let a job that becomes ready end by continuing on its copy."""
+    with job:
+        job.wait(until="ready")
+        job.complete()
+        job.wait()
+
+
 def stream_beside_writes(folder: Path, seed: int) -> None:
     """A stream fills the image; nothing older goes over what was written."""
     bench = Bench(folder, "overlay")
@@ -39,14 +47,12 @@ def mirror_beside_writes(folder: Path, seed: int) -> None:
     copy_mode: Any = ("background", "write-blocking")[seed % 2]
     copy = folder / "copy.qcow2"
 
-    def mirror() -> None:
-        with jobs.mirror(disk, copy, format="qcow2", copy_mode=copy_mode, granularity=CLUSTER) as job:
-            job.wait(until="ready")
-            job.complete()
-            job.wait()
-
     with Schedule(seed) as schedule:
         disk = bench.open()
+
+        def mirror() -> None:
+            _pivot(jobs.mirror(disk, copy, format="qcow2", copy_mode=copy_mode, granularity=CLUSTER))
+
         schedule.run(mirror, lambda: _write_over(disk, bench, 1), lambda: _write_over(disk, bench, 2))
         disk.close()
     bench.becomes(10 * CLUSTER, CLUSTER, 1, 2)
@@ -57,15 +63,13 @@ def commit_beside_writes(folder: Path, seed: int) -> None:
     """The disk continues on the image below it, which has all of it."""
     bench = Bench(folder, "overlay")
 
-    def commit() -> None:
-        with jobs.commit(disk) as job:
-            job.wait(until="ready")
-            job.complete()
-            job.wait()
-
     with Schedule(seed) as schedule:
         disk = bench.open()
-        schedule.run(commit, lambda: _write_over(disk, bench, 1), lambda: _write_over(disk, bench, 2))
+        schedule.run(
+            lambda: _pivot(jobs.commit(disk)),
+            lambda: _write_over(disk, bench, 1),
+            lambda: _write_over(disk, bench, 2),
+        )
         disk.close()
     bench.becomes(10 * CLUSTER, CLUSTER, 1, 2)
     check_content((folder / "base.raw").read_bytes(), bench.allowed)
